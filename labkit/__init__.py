@@ -1,0 +1,37 @@
+"""labkit: the kernels, memory models and measurements of The Attention Memory Lab.
+
+``import labkit`` loads neither torch nor Triton; each submodule loads what it
+needs on first use.  Modules import downwards only:
+
+    errors, units, dtypes, closed_form
+      → hardware, memory, roofline          models of memory and hardware
+      → naive                               reference attention
+      → kernels                             Triton
+      → timing, records, experiments        measurement
+      → plots, explorers, widgets           figures
+      → claims, exercises, doctor, __main__ what readers call
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_SUBMODULES = frozenset(
+    "claims closed_form doctor dtypes errors exercises experiments explorers hardware kernels "
+    "memory naive plots records roofline timing units widgets".split()
+)
+
+__all__ = ["__version__", *sorted(_SUBMODULES)]
+
+
+def __getattr__(name: str):
+    # PEP 562: ``labkit.naive`` works after ``import labkit`` and costs nothing before.
+    if name in _SUBMODULES:
+        return import_module(f"labkit.{name}")
+    raise AttributeError(f"module 'labkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})
