@@ -49,12 +49,14 @@ __all__ = [
     "DEFAULT_MACHINE",
     "SCHEMA",
     "UNITS",
+    "Figures",
     "Quote",
     "Record",
     "available",
     "check_quote",
     "environment",
     "find_quotes",
+    "has_full",
     "load",
     "machine_slug",
     "new_record",
@@ -166,48 +168,23 @@ def machine_slug(name: str) -> str:
 # -- the record ------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Record:
-    """One experiment on one machine.
+class Figures:
+    """Access to ``results`` and ``rows`` by name, shared by records and fresh results."""
 
-    Attributes
-    ----------
-    experiment : name of the module in ``labkit.experiments``.
-    machine : what it ran on: gpu, driver, torch, triton, cuda, cudnn, python, platform, cpu.
-    commit : commit of the code that ran, ``"unknown"`` if it could not be told.
-    dirty : whether tracked files differed from that commit; None if unknown.
-    date : UTC, ISO 8601.
-    command : what was typed.
-    quick : whether it was the short form of the experiment, which nobody should quote.
-    results : ``{key: {"value": number, "unit": base unit, "how": sentence}}``.
-    rows : one dict per measured point, with ``samples_ms`` where time was taken.
-    notes : remarks of the experiment.
-    path : file it was read from, if any.
-    """
-
-    experiment: str
-    machine: Mapping[str, Any]
-    commit: str
-    dirty: bool | None
-    date: str
-    command: str
     results: Mapping[str, Mapping[str, Any]]
-    rows: Sequence[Mapping[str, Any]] = ()
-    notes: Sequence[str] = ()
-    quick: bool = False
-    path: Path | None = field(default=None, compare=False)
+    rows: Sequence[Mapping[str, Any]]
 
     @property
-    def slug(self) -> str:
-        """Folder name of the machine."""
-        return machine_slug(self.machine.get("gpu") or f"cpu {self.machine['cpu']}")
+    def label(self) -> str:
+        """What error messages call this object."""
+        return "result"
 
     def _result(self, key: str) -> Mapping[str, Any]:
         if key not in self.results:
             known = ", ".join(sorted(self.results)) or "none"
             raise RecordError(
-                f"{self.path or self.experiment}: has no result {key!r}. It has: {known}. "
-                f"Correct the key, or run `python -m labkit record {self.experiment}` again."
+                f"{self.label}: has no result {key!r}. It has: {known}. "
+                f"Correct the key, or run the experiment again: `python -m labkit record`."
             )
         return self.results[key]
 
@@ -238,12 +215,54 @@ class Record:
         ``record.quote("copy_peak", "0.00 TB/s")`` gives ``"4.28 TB/s"``.
         """
         result = self._result(key)
-        where = f"{self.path or self.experiment}:{key}"
+        where = f"{self.label}:{key}"
         return _format_like(like, result["value"], result["unit"], where)
 
     def select(self, **wanted: Any) -> list[Mapping[str, Any]]:
         """The rows whose fields have the given values."""
         return [r for r in self.rows if all(r.get(k) == v for k, v in wanted.items())]
+
+
+@dataclass(frozen=True)
+class Record(Figures):
+    """One experiment on one machine.
+
+    Attributes
+    ----------
+    experiment : name of the module in ``labkit.experiments``.
+    machine : what it ran on: gpu, driver, torch, triton, cuda, cudnn, python, platform, cpu.
+    commit : commit of the code that ran, ``"unknown"`` if it could not be told.
+    dirty : whether tracked files differed from that commit; None if unknown.
+    date : UTC, ISO 8601.
+    command : what was typed.
+    quick : whether it was the short form of the experiment, which nobody should quote.
+    results : ``{key: {"value": number, "unit": base unit, "how": sentence}}``.
+    rows : one dict per measured point, with ``samples_ms`` where time was taken.
+    notes : remarks of the experiment.
+    path : file it was read from, if any.
+    """
+
+    experiment: str
+    machine: Mapping[str, Any]
+    commit: str
+    dirty: bool | None
+    date: str
+    command: str
+    results: Mapping[str, Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
+    quick: bool = False
+    path: Path | None = field(default=None, compare=False)
+
+    @property
+    def label(self) -> str:
+        """The file it was read from, or the experiment."""
+        return str(self.path or self.experiment)
+
+    @property
+    def slug(self) -> str:
+        """Folder name of the machine."""
+        return machine_slug(self.machine.get("gpu") or f"cpu {self.machine['cpu']}")
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that :func:`save` writes."""
@@ -557,6 +576,16 @@ def _dump(record: Record) -> str:
     return f'{head[:-2]},\n "rows": {body}\n}}\n'
 
 
+def has_full(experiment: str, machine: str, *, root: Path | str) -> bool:
+    """Whether ``root`` holds a valid record of that experiment that is not a quick one."""
+    if not (Path(root) / machine / f"{experiment}.json").is_file():
+        return False
+    try:
+        return not load(experiment, machine, root=root).quick
+    except RecordError:
+        return False  # damaged or foreign: there is nothing to protect
+
+
 def save(record: Record, *, root: Path | str | None = None) -> Path:
     """Write ``<root>/<machine>/<experiment>.json`` and return its path.
 
@@ -573,16 +602,11 @@ def save(record: Record, *, root: Path | str | None = None) -> Path:
     """
     folder = (Path(root) if root is not None else save_root()) / record.slug
     path = folder / f"{record.experiment}.json"
-    if record.quick and path.is_file():
-        try:
-            earlier = load(record.experiment, record.slug, root=folder.parent)
-        except RecordError:
-            earlier = None  # not a valid record: there is nothing to protect
-        if earlier is not None and not earlier.quick:
-            raise RecordError(
-                f"{path}: holds a full record, and a quick one may not replace it. "
-                f"Run without --quick, or delete the file first."
-            )
+    if record.quick and has_full(record.experiment, record.slug, root=folder.parent):
+        raise RecordError(
+            f"{path}: holds a full record, and a quick one may not replace it. "
+            f"Run without --quick, or delete the file first."
+        )
     try:
         text = _dump(record)
     except (TypeError, ValueError) as error:
