@@ -1,0 +1,20 @@
+"""The book's own Sphinx extension.
+
+``quotes``   the ``rec`` role: a measured figure, checked against its record; a list of records
+``figures``  notebook figures in a light and a dark form, with alt text
+``checks``   every notebook is executed, every image has alt text
+``site``     links that exist only once the repository's address is set
+"""
+
+from __future__ import annotations
+
+from sphinx.application import Sphinx
+
+from . import checks, figures, quotes, site
+
+
+def setup(app: Sphinx) -> dict:
+    for part in (quotes, figures, checks, site):
+        part.setup(app)
+    # version enters Sphinx's cache key: raise it when the doctrees would change
+    return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}
