@@ -1,0 +1,135 @@
+r"""Read a buffer again and again: the bandwidth of the cache that holds it.
+
+.. math:: s = R \sum_i x_i \pmod{2^{32}}, \qquad \text{bytes read} = R \cdot 4n
+
+Nothing is written but one number per program, so the time is the reading.
+The sum wraps in 32 bits like the hardware's adder; it is exact, whatever the
+order of addition, and no compiler can leave a load out of it.
+
+Which level answers is chosen by *who reads what in the next round*:
+
+- ``level="l2"``: program :math:`p` reads chunk :math:`(p + r \cdot \text{step}) \bmod P` in
+  round :math:`r`, and loads with ``.cg`` (cache in L2, not in L1).  What one
+  multiprocessor read in the last round another reads in this one.
+- ``level="l1"``: program :math:`p` reads its own chunk every round, with ``.ca``
+  (cache at all levels).  After the first round the chunk is in its multiprocessor's L1.
+
+A buffer larger than L2, read with ``level="l2"``, measures device memory, read only.
+
+Taught in chapter 03 (the memory hierarchy).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.utils.flop_counter import register_flop_formula
+
+from labkit.errors import check_choice, check_positive_int
+from labkit.kernels.runtime import check_can_launch, check_contiguous, check_tensor, sm_count
+
+__all__ = ["read_sum"]
+
+BLOCK = 2048  # int32 elements per load: 8 KiB per program, 64 bytes per thread
+NUM_WARPS = 4
+
+
+@triton.jit
+def read_kernel(
+    x,
+    partial,
+    n,
+    chunk,
+    rounds,
+    step,
+    CACHE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    turn = program
+    total = tl.zeros([BLOCK], tl.int32)
+    for _ in range(rounds):
+        first = turn.to(tl.int64) * chunk
+        for offset in range(0, chunk, BLOCK):
+            i = offset + tl.arange(0, BLOCK)
+            if EVEN:
+                total += tl.load(x + first + i, cache_modifier=CACHE)
+            else:
+                total += tl.load(x + first + i, mask=i < n - first, other=0, cache_modifier=CACHE)
+        turn += step
+        turn = tl.where(turn < tl.num_programs(0), turn, turn - tl.num_programs(0))
+    tl.store(partial + program, tl.sum(total.to(tl.int64)))
+
+
+def _plan(x: torch.Tensor, programs: int) -> tuple[int, int]:
+    """(programs, elements per program): whole blocks, spread as evenly as they go."""
+    blocks = triton.cdiv(x.numel(), BLOCK)
+    chunk = triton.cdiv(blocks, min(programs or 16 * sm_count(x), blocks)) * BLOCK
+    return triton.cdiv(x.numel(), chunk), chunk
+
+
+@torch.library.custom_op("labkit::read_sum", mutates_args=())
+def _read_sum(x: torch.Tensor, repeats: int, level: str, programs: int) -> torch.Tensor:
+    check_can_launch("x", x)
+    programs, chunk = _plan(x, programs)
+    partial = torch.empty(programs, dtype=torch.int64, device=x.device)
+    # A step of a third of the grid: the next reader of a chunk sits elsewhere on the chip.
+    step, cache = (programs // 3, ".cg") if level == "l2" else (0, ".ca")
+    read_kernel[(programs,)](
+        x,
+        partial,
+        x.numel(),
+        chunk,
+        repeats,
+        step,
+        CACHE=cache,
+        EVEN=x.numel() == programs * chunk,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )
+    return partial.sum() & 0xFFFFFFFF
+
+
+@_read_sum.register_fake
+def _(x, repeats, level, programs):
+    return x.new_empty((), dtype=torch.int64)
+
+
+@register_flop_formula(torch.ops.labkit.read_sum)
+def _read_sum_flops(x_shape, *args, out_shape=None, **kwargs) -> int:
+    return 0  # the additions are integer: no floating-point operation
+
+
+def read_sum(
+    x: torch.Tensor, repeats: int = 1, *, level: str = "l2", programs: int | None = None
+) -> torch.Tensor:
+    """Sum of ``x`` over ``repeats`` readings, modulo 2³²; every reading reads all of ``x``.
+
+    Parameters
+    ----------
+    x : int32, contiguous, any shape.  For full speed a multiple of 8 KiB that the programs
+        share evenly; a ragged end costs a mask on every load.
+    repeats : number of readings, R.
+    level : ``"l2"`` or ``"l1"``: which cache shall answer after the first reading.
+    programs : how many programs share the buffer (default: 16 per multiprocessor).
+
+    Returns
+    -------
+    torch.Tensor
+        int64, shape ``()``: R · sum(x) modulo 2³².  Reads ``repeats * x.nbytes`` bytes.
+
+    Raises
+    ------
+    ArgumentError
+        if an argument cannot be used.
+    NoGpuError
+        if nothing on this machine can run the kernel.
+    """
+    check_tensor("x", x, (torch.int32,))
+    check_contiguous("x", x)
+    repeats = check_positive_int("repeats", repeats)
+    check_choice("level", level, ("l2", "l1"))
+    programs = 0 if programs is None else check_positive_int("programs", programs)
+    return torch.ops.labkit.read_sum(x, repeats, level, programs)

@@ -1,0 +1,50 @@
+"""Fixtures for every test, and the one line that must run before Triton is imported.
+
+Without a GPU the kernels run in Triton's interpreter.  Triton decides that when
+it is imported (its own library functions are decorated then), so the variable is
+set here, before any test module can import it.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU that torch can use (skipped without one)")
+
+
+def pytest_collection_modifyitems(items):
+    if HAS_GPU:
+        return
+    skip = pytest.mark.skip(reason="needs a GPU that torch can use; this machine has none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Each test draws the same numbers whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where kernels run on this machine: ``"cuda"``, or ``"cpu"`` through the interpreter."""
+    return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture
+def clean_env(monkeypatch) -> dict[str, str]:
+    """An environment for a subprocess that must see Triton's compiler, not its interpreter."""
+    env = dict(os.environ)
+    env.pop("TRITON_INTERPRET", None)
+    return env
