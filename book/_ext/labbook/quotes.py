@@ -41,7 +41,7 @@ def provenance(record: records.Record) -> str:
     return f"{record.machine.get('gpu') or record.machine.get('cpu')}, {record.date[:10]}, {commit}"
 
 
-class rec_quote(nodes.inline):  # noqa: N801 (docutils names its nodes like this)
+class rec_quote(nodes.inline):
     """A checked figure: ``title`` is the tooltip; the text is the child."""
 
 
