@@ -158,9 +158,7 @@ def _matmul(a: torch.Tensor, b: torch.Tensor, precision: str) -> torch.Tensor:
     def tiles(meta):
         return (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
 
-    matmul_kernel[tiles](
-        a, b, c, m, n, k, *a.stride(), *b.stride(), PRECISION=precision
-    )
+    matmul_kernel[tiles](a, b, c, m, n, k, *a.stride(), *b.stride(), PRECISION=precision)
     return c
 
 

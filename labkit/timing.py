@@ -1,0 +1,517 @@
+"""One honest timer.
+
+A GPU works through a queue: a call returns when its work is *queued*, not when it
+is done.  Whoever reads a clock around the call times the queueing.  Here instead:
+
+On CUDA, two events are recorded on the current stream around each call and read
+after both have passed.  Before each call a buffer larger than L2 is overwritten, so
+that no run finds its data in the cache because the run before left it there.  While
+the GPU overwrites, the call's kernels are queued behind: the time between the events
+is the GPU's, and the cost of launching is hidden.  ``launch="included"`` waits for
+the GPU to be idle first, so that the gaps between launches count too: that is what a
+short function costs a program that is not queueing ahead.
+
+On a CPU, ``time.perf_counter_ns``, several calls per sample when one is too short.
+
+A function is refused, not mistimed, when its work cannot be seen to finish: see
+``UnsynchronisedError``.
+
+Why not ``triton.testing.do_bench`` or ``torch.utils.benchmark.Timer``?  The events and
+the flush are those of ``do_bench``, but it needs Triton, cannot interleave several
+implementations (the card's clock drifts while one after the other is timed), takes a
+single sample of a slow function, and times whatever it is given, finished or not.
+``Timer`` reports means of blocks and sets the number of threads to one.
+
+Taught in chapter 02 (what grows) and in "How to measure".
+Imports: labkit.errors; torch on use, and only for CUDA or if it is loaded already.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from labkit.errors import (
+    ArgumentError,
+    LabError,
+    MissingDependencyError,
+    NoGpuError,
+    check_choice,
+    check_positive_int,
+    check_positive_number,
+)
+
+__all__ = ["Comparison", "Timing", "UnsynchronisedError", "time_fn", "time_many"]
+
+
+class UnsynchronisedError(LabError, RuntimeError):
+    """The function's work does not finish where the timer can see it.
+
+    Raised for a function that
+
+    - returns a coroutine, a generator, an iterator or a future: calling it did no work yet;
+    - leaves nothing on the timed CUDA stream (it works on the CPU, or elsewhere);
+    - leaves work on another stream that the current stream does not wait for;
+    - is timed with the CPU's clock and returns while the GPU is still working.
+    """
+
+
+def quantile(values: list[float], q: float) -> float:
+    """The ``q``-quantile (0 … 1) of ``values``, linear between neighbours."""
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Samples of one function's time, in milliseconds, in the order they were taken.
+
+    ``method`` says in words what was timed; ``device`` is ``"cuda"`` or ``"cpu"``.
+    """
+
+    samples_ms: list[float] = field(repr=False)
+    method: str
+    device: str
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return len(self.samples_ms)
+
+    @property
+    def median_ms(self) -> float:
+        """Half of the samples are shorter."""
+        return median(self.samples_ms)
+
+    @property
+    def p20(self) -> float:
+        """One in five samples is shorter (ms)."""
+        return quantile(self.samples_ms, 0.2)
+
+    @property
+    def p80(self) -> float:
+        """One in five samples is longer (ms)."""
+        return quantile(self.samples_ms, 0.8)
+
+    @property
+    def spread(self) -> float:
+        """(p80 − p20) / median: a difference smaller than this is noise."""
+        return (self.p80 - self.p20) / self.median_ms if self.median_ms else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The median in seconds."""
+        return self.median_ms / 1e3
+
+    def rate(self, amount: float) -> float:
+        """``amount`` (bytes, FLOPs, …) per second at the median."""
+        return amount / self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a record's row holds: ``samples_ms``, ``median_ms``, ``method``."""
+        return {
+            "samples_ms": list(self.samples_ms),
+            "median_ms": self.median_ms,
+            "method": self.method,
+        }
+
+    def __str__(self) -> str:
+        return f"{self.median_ms:.4g} ms (p20 {self.p20:.4g}, p80 {self.p80:.4g}, n = {self.n})"
+
+
+@dataclass(frozen=True)
+class Comparison(Mapping):
+    """Timings of several functions taken in turns, so that drift hits all of them alike.
+
+    A mapping from name to ``Timing``.
+    """
+
+    timings: dict[str, Timing]
+
+    def __getitem__(self, name: str) -> Timing:
+        return self.timings[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.timings)
+
+    def __len__(self) -> int:
+        return len(self.timings)
+
+    def ratios(self, baseline: str) -> dict[str, float]:
+        """How many times faster than ``baseline`` each is.
+
+        The median over rounds of (baseline's time / its time in the same round): a drift
+        of the clock cancels within a round.
+
+        Raises
+        ------
+        ArgumentError
+            if ``baseline`` is none of the names.
+        """
+        check_choice("baseline", baseline, self.timings)
+        base = self.timings[baseline].samples_ms
+        return {
+            name: median(b / s for b, s in zip(base, timing.samples_ms, strict=True))
+            for name, timing in self.timings.items()
+        }
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.timings)
+        return "\n".join(f"{name:<{width}}  {timing}" for name, timing in self.timings.items())
+
+
+# -- refusing -------------------------------------------------------------------------------
+
+
+def _refuse_deferred(name: str, result: Any) -> None:
+    """A call that returned a promise of work has not done the work."""
+
+    def has(*methods: str) -> bool:
+        return all(callable(getattr(result, method, None)) for method in methods)
+
+    deferred = (
+        inspect.isawaitable(result)
+        or inspect.isgenerator(result)
+        or inspect.isasyncgen(result)
+        or (isinstance(result, Iterator) and not hasattr(result, "shape"))
+        or has("done", "result")  # concurrent.futures
+        or has("done", "wait")  # torch.futures
+        or has("is_completed", "wait")  # torch.distributed
+    )
+    if deferred:
+        kind = type(result).__name__
+        if inspect.iscoroutine(result):
+            result.close()
+        raise UnsynchronisedError(
+            f"{name} returned a {kind}: its work is still to be done, so timing the call would "
+            "time a promise. Time a function that consumes it, for example lambda: list(fn()) or "
+            "lambda: fn().result()."
+        )
+
+
+class _Cuda:
+    """Events, flush and the checks of one CUDA device."""
+
+    #: more than any L2 (H200: 50 MiB, B200: 126 MB); overwriting it evicts everything else
+    MIN_FLUSH = 256 * 2**20
+
+    def __init__(self, flush: bool, launch_included: bool, wall_clock: bool = False) -> None:
+        import torch
+
+        self.torch = torch
+        self.launch_included = launch_included
+        self.flush_buffer = None
+        if not wall_clock:  # the refusal test queues behind it even when no flush is asked for
+            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+            size = max(self.MIN_FLUSH, 4 * properties.L2_cache_size)
+            self.flush_buffer = torch.empty(size, dtype=torch.int8, device="cuda")
+        self.flush = flush
+
+    def event_pair(self):
+        event = self.torch.cuda.Event
+        return event(enable_timing=True), event(enable_timing=True)
+
+    def record(self, fn: Callable[[], Any], before: Callable[[], Any] | None):
+        """Queue one timed call; returns its two events."""
+        start, end = self.event_pair()
+        if self.flush:
+            self.flush_buffer.zero_()
+        if before is not None:
+            before()
+        if self.launch_included:
+            self.torch.cuda.synchronize()
+        start.record()
+        fn()
+        end.record()
+        return start, end
+
+    def _behind_a_queue(self, fn: Callable[[], Any]) -> tuple[float, float]:
+        """(ms between the events with launches hidden, s from the end event to an idle GPU)."""
+        self.torch.cuda.synchronize()
+        start, end = self.event_pair()
+        for _ in range(8):  # about half a millisecond of work on an H200
+            self.flush_buffer.zero_()
+        start.record()
+        fn()
+        end.record()
+        end.synchronize()
+        seen = time.perf_counter()
+        self.torch.cuda.synchronize()
+        return start.elapsed_time(end), time.perf_counter() - seen
+
+    def refuse_unseen(self, name: str, fn: Callable[[], Any]) -> None:
+        """Raise unless the current stream carries fn's work, and all of it."""
+        nothing = [self._behind_a_queue(lambda: None) for _ in range(5)]
+        probe: list[tuple[float, float]] = []
+        begin = time.perf_counter()
+        while len(probe) < 5 and (len(probe) < 2 or time.perf_counter() - begin < 0.3):
+            probe.append(self._behind_a_queue(fn))
+        added_ms = min(p[0] for p in probe) - min(p[0] for p in nothing)
+        # The best of five: another process may delay one wait, unjoined work delays each.
+        left_over_s = min(p[1] for p in probe) - min(p[1] for p in nothing)
+        if left_over_s > max(20e-6, 0.05 * added_ms * 1e-3):
+            raise UnsynchronisedError(
+                f"{name} leaves work on another CUDA stream: the GPU was still busy "
+                f"{left_over_s * 1e6:.0f} µs after the current stream had finished. Make the "
+                "current stream wait for it (torch.cuda.current_stream().wait_stream(other)) inside "
+                "the timed function, or run it under torch.cuda.stream(other) as a whole."
+            )
+        if added_ms < 0.5e-3:
+            raise UnsynchronisedError(
+                f"{name} put no work on the current CUDA stream, so CUDA events cannot time it. "
+                "If it works on the CPU, pass device='cpu'; if it replays work elsewhere, make the "
+                "current stream wait for it."
+            )
+
+    def refuse_unfinished(self, name: str, fn: Callable[[], Any]) -> None:
+        """For the CPU's clock: raise if fn returns while the GPU still works."""
+        cuda = self.torch.cuda
+        for _ in range(3):
+            cuda.synchronize()
+            fn()
+            busy = not cuda.current_stream().query()
+            seen = time.perf_counter()
+            cuda.synchronize()
+            if busy or time.perf_counter() - seen > 50e-6:
+                raise UnsynchronisedError(
+                    f"{name} returns while the GPU is still working, so a CPU clock would time the "
+                    "queueing of its kernels. Pass device='cuda', or end the function with "
+                    "torch.cuda.synchronize()."
+                )
+
+
+# -- timing ---------------------------------------------------------------------------------
+
+
+def _resolve_device(device: str | None) -> str:
+    if device is not None:
+        device = check_choice("device", str(device), ("cuda", "cpu"))
+    torch = sys.modules.get("torch")
+    if device == "cuda" and torch is None:
+        try:
+            import torch
+        except ImportError:
+            raise MissingDependencyError(
+                "device='cuda' needs torch: pip install torch. Without it, time with device='cpu'."
+            ) from None
+    gpu = torch is not None and torch.cuda.is_available()
+    if device == "cuda" and not gpu:
+        raise NoGpuError("device='cuda': torch sees no GPU here. Pass device='cpu' or None.")
+    return device or ("cuda" if gpu else "cpu")
+
+
+def _calls_per_sample(fn: Callable[[], Any]) -> int:
+    """So many that a sample lasts 20 µs at least: the clock's own cost is 0.1 µs."""
+    calls = 1
+    while True:
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            fn()
+        if time.perf_counter_ns() - start >= 20_000:
+            return calls
+        calls *= 2
+
+
+def _rounds(estimate_ms: float, rep_ms: float, min_samples: int, max_samples: int) -> int:
+    wanted = rep_ms / estimate_ms if estimate_ms > 0 else max_samples
+    return max(min_samples, min(max_samples, round(wanted)))
+
+
+def time_many(
+    functions: Mapping[str, Callable[[], Any]],
+    *,
+    warmup_ms: float = 50.0,
+    rep_ms: float = 200.0,
+    min_samples: int = 5,
+    max_samples: int = 1000,
+    device: str | None = None,
+    flush_l2: bool = True,
+    launch: str = "hidden",
+    before: Callable[[], Any] | None = None,
+) -> Comparison:
+    """Time several functions in turns: one sample of each per round, every other round backwards.
+
+    Parameters
+    ----------
+    functions : name to function; each is called without arguments.
+    warmup_ms : at least this long each function runs before the first sample (ms).
+    rep_ms : about this long each function is sampled (ms).
+    min_samples, max_samples : bounds on the number of rounds, whatever ``rep_ms`` gives.
+    device : ``"cuda"``, ``"cpu"`` or None: CUDA if torch is loaded and sees a GPU.
+    flush_l2 : on CUDA, overwrite L2 before each sample.
+    launch : on CUDA, ``"hidden"`` queues calls behind the flush and times the GPU alone;
+        ``"included"`` starts each on an idle GPU, so that launch gaps count.
+    before : called before each sample, outside of the timed interval (after the flush).
+
+    Returns
+    -------
+    Comparison
+        one ``Timing`` per name, with as many samples each.
+
+    Raises
+    ------
+    UnsynchronisedError
+        if a function's work cannot be seen to finish.
+    ArgumentError
+        if an argument cannot be used.
+    NoGpuError
+        if ``device="cuda"`` and there is none.
+    """
+    if not isinstance(functions, Mapping) or not functions:
+        raise ArgumentError("functions", functions, "is no mapping.", "Pass {'name': function}.")
+    for name, fn in functions.items():
+        if not callable(fn):
+            kind = type(fn).__name__
+            raise ArgumentError(
+                str(name), kind, "is not a function.", "Pass a function, for example lambda: f(x)."
+            )
+    warmup_ms = check_positive_number("warmup_ms", warmup_ms)
+    rep_ms = check_positive_number("rep_ms", rep_ms)
+    min_samples = check_positive_int("min_samples", min_samples)
+    max_samples = check_positive_int("max_samples", max_samples)
+    if max_samples < min_samples:
+        raise ArgumentError("max_samples", max_samples, "is below min_samples.", "Raise it.")
+    check_choice("launch", launch, ("hidden", "included"))
+    device = _resolve_device(device)
+    for name, fn in functions.items():
+        _refuse_deferred(name, fn())  # first call: compiles, allocates, fills caches
+    time_them = _time_cuda if device == "cuda" else _time_cpu
+    return time_them(
+        dict(functions), warmup_ms, rep_ms, min_samples, max_samples, flush_l2, launch, before
+    )
+
+
+def _time_cuda(
+    functions, warmup_ms, rep_ms, min_samples, max_samples, flush_l2, launch, before
+) -> Comparison:
+    cuda = _Cuda(flush_l2, launch == "included")
+    estimate_ms = 0.0
+    for name, fn in functions.items():
+        cuda.refuse_unseen(name, fn)
+        start, end = cuda.event_pair()
+        start.record()
+        fn()
+        end.record()
+        end.synchronize()
+        once = max(start.elapsed_time(end), 1e-3)
+        for _ in range(min(1000, math.ceil(warmup_ms / once))):
+            fn()
+        cuda.torch.cuda.synchronize()
+        estimate_ms = max(estimate_ms, once)
+    events: dict[str, list] = {name: [] for name in functions}
+    for turn in range(_rounds(estimate_ms, rep_ms, min_samples, max_samples)):
+        names = list(functions) if turn % 2 == 0 else list(reversed(functions))
+        for name in names:
+            events[name].append(cuda.record(functions[name], before))
+    cuda.torch.cuda.synchronize()
+    flushed = "L2 overwritten before each" if flush_l2 else "L2 left warm"
+    hidden = "queued back to back" if launch == "hidden" else "launch latency included"
+    if launch == "hidden" and flush_l2:
+        hidden = "launches hidden behind that"
+    method = f"CUDA events on the current stream, {flushed}, {hidden}"
+    if len(functions) > 1:
+        method += ", implementations in turns"
+    return Comparison(
+        {
+            name: Timing([s.elapsed_time(e) for s, e in pairs], method, "cuda")
+            for name, pairs in events.items()
+        }
+    )
+
+
+def _time_cpu(
+    functions, warmup_ms, rep_ms, min_samples, max_samples, flush_l2, launch, before
+) -> Comparison:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        cuda = _Cuda(flush=False, launch_included=True, wall_clock=True)
+        for name, fn in functions.items():
+            cuda.refuse_unfinished(name, fn)
+    calls, estimate_ms = {}, 0.0
+    for name, fn in functions.items():
+        calls[name] = 1 if before is not None else _calls_per_sample(fn)
+        begin = time.perf_counter()
+        runs = 0
+        while (elapsed_ms := (time.perf_counter() - begin) * 1e3) < warmup_ms or runs == 0:
+            for _ in range(calls[name]):
+                fn()
+            runs += 1
+        estimate_ms = max(estimate_ms, elapsed_ms / runs)
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    collecting = gc.isenabled()
+    gc.disable()  # a collection in the middle of a sample is nobody's time
+    try:
+        for turn in range(_rounds(estimate_ms, rep_ms, min_samples, max_samples)):
+            names = list(functions) if turn % 2 == 0 else list(reversed(functions))
+            for name in names:
+                fn, repeat = functions[name], calls[name]
+                if before is not None:
+                    before()
+                begin = time.perf_counter_ns()
+                for _ in range(repeat):
+                    fn()
+                samples[name].append((time.perf_counter_ns() - begin) / repeat / 1e6)
+    finally:
+        if collecting:
+            gc.enable()
+    return Comparison(
+        {
+            name: Timing(
+                values,
+                f"time.perf_counter_ns, {calls[name]} call{'s' * (calls[name] > 1)} per sample"
+                + (", implementations in turns" if len(functions) > 1 else ""),
+                "cpu",
+            )
+            for name, values in samples.items()
+        }
+    )
+
+
+def time_fn(
+    fn: Callable[[], Any],
+    *,
+    warmup_ms: float = 50.0,
+    rep_ms: float = 200.0,
+    min_samples: int = 5,
+    max_samples: int = 1000,
+    device: str | None = None,
+    flush_l2: bool = True,
+    launch: str = "hidden",
+    before: Callable[[], Any] | None = None,
+) -> Timing:
+    """Time one function.
+
+    Parameters, errors: as ``time_many``, for a single ``fn``.
+
+    Returns
+    -------
+    Timing
+        the samples in ms, with median, p20, p80 and spread.
+    """
+    if not callable(fn):
+        kind = type(fn).__name__
+        raise ArgumentError(
+            "fn", kind, "is not a function.", "Pass a function, for example lambda: f(x)."
+        )
+    name = getattr(fn, "__name__", type(fn).__name__)
+    return time_many(
+        {name: fn},
+        warmup_ms=warmup_ms,
+        rep_ms=rep_ms,
+        min_samples=min_samples,
+        max_samples=max_samples,
+        device=device,
+        flush_l2=flush_l2,
+        launch=launch,
+        before=before,
+    )[name]
