@@ -555,6 +555,18 @@ def special_rate(sm_count: int, clock_hz: float) -> float:
     return sms * SPECIAL_PER_CLOCK * check_positive_number("clock_hz", clock_hz)
 
 
+def card_or_none(gpu: str | None) -> Any:
+    """The card of that name in ``labkit.hardware``, or None if it is not in the table."""
+    if gpu is None:
+        return None
+    from labkit.hardware import card
+
+    try:
+        return card(gpu)
+    except ArgumentError:
+        return None
+
+
 @dataclass(frozen=True)
 class TimeBounds:
     """Bounds on the time of a step, seconds.
@@ -698,9 +710,9 @@ class Roofline:
     def from_record(cls, record: Any, dtype: Any = "bfloat16") -> Roofline:
         """The ceilings that the experiment ``roofline`` measured.
 
-        Reads the keys ``copy_peak`` (B/s) and ``matmul_peak_<dtype>`` (FLOP/s).  The vector
-        peak and the exponential rate stay those of the data sheet, where the record has them.
-        ``record`` is a ``labkit.records.Record``.
+        Reads the keys ``copy_peak`` (B/s) and ``matmul_peak_<dtype>`` (FLOP/s) of a
+        ``labkit.records.Record``.  The vector peak and the exponential rate are not measured:
+        they are the data sheet's, when the record's GPU is in ``labkit.hardware``.
 
         Raises
         ------
@@ -708,22 +720,15 @@ class Roofline:
             if the record lacks a key (raised by the record).
         """
         name = dtype_name(dtype)
-        known = record.results
-        optional = {
-            argument: record.value(key)
-            for argument, key in (
-                ("vector_flops", "vector_peak_spec"),
-                ("special_rate", "special_rate_spec"),
-            )
-            if key in known
-        }
-        gpu = record.machine.get("gpu") or record.machine.get("cpu") or "this machine"
+        gpu = record.machine.get("gpu")
+        card = card_or_none(gpu)
         return cls(
             record.value(f"matmul_peak_{name}"),
             record.value("copy_peak"),
-            f"{gpu}, {name}, measured",
+            f"{gpu or 'this CPU'}, {name}, measured",
             "measured",
-            **optional,
+            card.peak.get("float32") if card else None,
+            special_rate(card.sm_count, card.boost_clock_hz) if card else None,
         )
 
     @property

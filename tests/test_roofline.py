@@ -313,17 +313,19 @@ def test_kernels_in_a_row_add_their_bounds():
     assert whole.lower >= roof.time_of(total(steps(), "n", "n"), **at).lower
 
 
-def test_from_record_reads_the_measured_ceilings():
-    values = {"copy_peak": 4e12, "matmul_peak_bfloat16": 700e12, "special_rate_spec": 4e12}
-    record = SimpleNamespace(
-        results=values, value=values.__getitem__, machine={"gpu": "NVIDIA H200"}
-    )
-    roof = Roofline.from_record(record, "bfloat16")
+def test_from_record_reads_the_measured_ceilings_and_the_card_fills_the_rest(monkeypatch):
+    values = {"copy_peak": 4e12, "matmul_peak_bfloat16": 700e12}
+    known = SimpleNamespace(results=values, value=values.__getitem__, machine={"gpu": "Test card"})
+    monkeypatch.setattr(module, "card_or_none", lambda gpu: CARD if gpu == "Test card" else None)
+    roof = Roofline.from_record(known, "bfloat16")
     assert (roof.ridge, roof.source) == (175, "measured")
-    assert roof.special_rate == 4e12 and roof.vector_flops is None
-    assert "NVIDIA H200" in roof.label
+    assert (roof.special_rate, roof.vector_flops) == (1.6e11, 10e12)
+    assert "Test card" in roof.label
+    unknown = SimpleNamespace(results=values, value=values.__getitem__, machine={"gpu": None})
+    roof = Roofline.from_record(unknown, "bfloat16")
+    assert (roof.special_rate, roof.vector_flops) == (None, None)
     with pytest.raises(KeyError):
-        Roofline.from_record(record, "float16")
+        Roofline.from_record(known, "float16")
 
 
 def test_explanation_names_the_side_of_the_ridge():
