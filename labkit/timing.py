@@ -202,7 +202,7 @@ def _refuse_deferred(name: str, result: Any) -> None:
 class _Cuda:
     """Events, flush and the checks of one CUDA device."""
 
-    #: more than any L2 (H200: 50 MiB, B200: 126 MB); overwriting it evicts everything else
+    #: twice the largest L2 so far (B200: 126 MB); overwriting it evicts everything else
     MIN_FLUSH = 256 * 2**20
 
     def __init__(self, flush: bool, launch_included: bool, wall_clock: bool = False) -> None:
@@ -235,9 +235,8 @@ class _Cuda:
         end.record()
         return start, end
 
-    def _behind_a_queue(self, fn: Callable[[], Any]) -> tuple[float, float]:
-        """(ms between the events with launches hidden, s from the end event to an idle GPU)."""
-        self.torch.cuda.synchronize()
+    def _added_ms(self, fn: Callable[[], Any]) -> float:
+        """Time between the events when the call is queued behind other work (launches hidden)."""
         start, end = self.event_pair()
         for _ in range(8):  # about half a millisecond of work on an H200
             self.flush_buffer.zero_()
@@ -245,26 +244,42 @@ class _Cuda:
         fn()
         end.record()
         end.synchronize()
+        return start.elapsed_time(end)
+
+    def _left_over_s(self, fn: Callable[[], Any]) -> float:
+        """Time from the end of the current stream's work until the whole GPU is idle."""
+        self.torch.cuda.synchronize()
+        end = self.torch.cuda.Event()
+        fn()
+        end.record()
+        end.synchronize()
         seen = time.perf_counter()
         self.torch.cuda.synchronize()
-        return start.elapsed_time(end), time.perf_counter() - seen
+        return time.perf_counter() - seen
+
+    @staticmethod
+    def _least(probe: Callable[[Callable], float], fn: Callable[[], Any]) -> float:
+        """Smallest of up to five: another process may delay one probe, stray work delays each."""
+        values: list[float] = []
+        begin = time.perf_counter()
+        while len(values) < 5 and (len(values) < 2 or time.perf_counter() - begin < 0.2):
+            values.append(probe(fn))
+        return min(values)
 
     def refuse_unseen(self, name: str, fn: Callable[[], Any]) -> None:
         """Raise unless the current stream carries fn's work, and all of it."""
-        nothing = [self._behind_a_queue(lambda: None) for _ in range(5)]
-        probe: list[tuple[float, float]] = []
-        begin = time.perf_counter()
-        while len(probe) < 5 and (len(probe) < 2 or time.perf_counter() - begin < 0.3):
-            probe.append(self._behind_a_queue(fn))
-        added_ms = min(p[0] for p in probe) - min(p[0] for p in nothing)
-        # The best of five: another process may delay one wait, unjoined work delays each.
-        left_over_s = min(p[1] for p in probe) - min(p[1] for p in nothing)
+
+        def nothing() -> None:
+            pass
+
+        added_ms = self._least(self._added_ms, fn) - self._least(self._added_ms, nothing)
+        left_over_s = self._least(self._left_over_s, fn) - self._least(self._left_over_s, nothing)
         if left_over_s > max(20e-6, 0.05 * added_ms * 1e-3):
             raise UnsynchronisedError(
                 f"{name} leaves work on another CUDA stream: the GPU was still busy "
-                f"{left_over_s * 1e6:.0f} µs after the current stream had finished. Make the "
-                "current stream wait for it (torch.cuda.current_stream().wait_stream(other)) inside "
-                "the timed function, or run it under torch.cuda.stream(other) as a whole."
+                f"{left_over_s * 1e6:.0f} µs after the current stream had finished. Let the current "
+                "stream wait for it (torch.cuda.current_stream().wait_stream(other)) inside the "
+                "timed function, or run it under torch.cuda.stream(other) as a whole."
             )
         if added_ms < 0.5e-3:
             raise UnsynchronisedError(
