@@ -1,0 +1,1051 @@
+"""Figures: one style, in light and dark, with alt text.
+
+A figure function draws on Axes and is wrapped by :func:`figure`.  Calling it
+draws nothing yet; it returns a :class:`Drawing`, which is drawn twice, once per
+theme, when it is shown::
+
+    plots.show(plots.memory_bars(table), alt="Bars: bytes of each tensor …")
+
+What a notebook stores is the light PNG, with the dark one and the alt text in its
+metadata: the book shows the one that fits the reader's theme, print takes the
+light one.  Alt text is required, and holds no measured figure: it says which axes
+there are and what to see.
+
+House rules: units on each axis, sizes on axes of powers of two, labels beside the
+lines instead of a legend, colours that stay apart for colour-blind readers
+(after Okabe and Ito) and that never carry a meaning alone.
+
+Loads matplotlib on use, neither torch nor Triton.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from labkit.errors import ArgumentError, check_choice
+from labkit.units import format_bytes, significant
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "Drawing",
+    "Shown",
+    "Theme",
+    "bytes_axis",
+    "data_flow",
+    "draw",
+    "end_labels",
+    "figure",
+    "here_beside_recorded",
+    "memory_bars",
+    "scaling_fit",
+    "show",
+    "size_axis",
+    "theme",
+    "timeline",
+    "use_style",
+]
+
+# -- style -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one of the two styles; ``tensors`` gives each tensor its own throughout.
+
+    The series colours have a contrast of at least 4.5 : 1 against ``paper``, so that
+    a label may be written in the colour of its line.
+    """
+
+    name: str
+    paper: str
+    ink: str
+    muted: str
+    grid: str
+    blue: str
+    vermilion: str
+    green: str
+    purple: str
+    orange: str
+    sky: str
+    panel: str
+
+    @property
+    def cycle(self) -> tuple[str, ...]:
+        """Series colours in the order in which to use them."""
+        return (self.blue, self.vermilion, self.green, self.purple, self.orange, self.sky)
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """The colour of each tensor of attention."""
+        return {
+            "Q": self.blue,
+            "K": self.blue,
+            "V": self.blue,
+            "S": self.vermilion,
+            "P": self.orange,
+            "O": self.green,
+            "LSE": self.purple,
+            "dQ": self.sky,
+            "dK": self.sky,
+            "dV": self.sky,
+            "dO": self.green,
+            "dS": self.vermilion,
+            "dP": self.orange,
+        }
+
+    def tensor(self, name: str) -> str:
+        """The colour of a tensor by name; ``muted`` for anything else (mask, scratch)."""
+        return self.tensors.get(name, self.muted)
+
+
+LIGHT = Theme(
+    name="light",
+    paper="#ffffff",
+    ink="#1c2024",
+    muted="#5f6872",
+    grid="#e3e6e9",
+    blue="#0067a6",
+    vermilion="#c2410c",
+    green="#00755a",
+    purple="#a03c7c",
+    orange="#8f6100",
+    sky="#0b7285",
+    panel="#f4f6f8",
+)
+DARK = Theme(
+    name="dark",
+    paper="#14181e",
+    ink="#e8eaed",
+    muted="#a2abb5",
+    grid="#2c333c",
+    blue="#5fb4f0",
+    vermilion="#ff8f5c",
+    green="#3fcf9f",
+    purple="#e79bcb",
+    orange="#e6b340",
+    sky="#66d0dd",
+    panel="#1d232b",
+)
+_THEMES = {"light": LIGHT, "dark": DARK}
+_current = LIGHT
+
+#: CSS pixels per inch of figure, and PNG pixels per CSS pixel (sharp on dense screens)
+_CSS_DPI, _DENSITY = 100, 2
+
+
+def theme() -> Theme:
+    """The theme that is being drawn now; ask it for colours inside a figure function."""
+    return _current
+
+
+def _rc(t: Theme) -> dict[str, Any]:
+    from cycler import cycler
+
+    return {
+        "figure.facecolor": t.paper,
+        "figure.dpi": _CSS_DPI,
+        "savefig.facecolor": t.paper,
+        "font.family": "DejaVu Sans",  # ships with matplotlib: the same everywhere
+        "font.size": 10,
+        "axes.facecolor": t.paper,
+        "axes.edgecolor": t.muted,
+        "axes.labelcolor": t.ink,
+        "axes.titlecolor": t.ink,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 10.5,
+        "axes.titleweight": "bold",
+        "axes.labelsize": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.8,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.prop_cycle": cycler(color=t.cycle),
+        "grid.color": t.grid,
+        "grid.linewidth": 0.8,
+        "lines.linewidth": 1.8,
+        "lines.markersize": 5,
+        "lines.solid_capstyle": "round",
+        "text.color": t.ink,
+        "xtick.color": t.muted,
+        "ytick.color": t.muted,
+        "xtick.labelcolor": t.ink,
+        "ytick.labelcolor": t.ink,
+        "xtick.labelsize": 9,
+        "ytick.labelsize": 9,
+        "xtick.minor.visible": False,
+        "ytick.minor.visible": False,
+        "legend.frameon": False,
+        "hatch.linewidth": 0.6,
+        "mathtext.fontset": "dejavusans",
+        "axes.unicode_minus": True,
+    }
+
+
+def use_style(name: str = "light") -> None:
+    """Set the style for figures that you draw yourself with pyplot.
+
+    Raises
+    ------
+    ArgumentError
+        if ``name`` is neither ``"light"`` nor ``"dark"``.
+    """
+    import matplotlib
+
+    global _current
+    _current = _THEMES[check_choice("name", name, _THEMES)]
+    matplotlib.rcParams.update(_rc(_current))
+
+
+@contextmanager
+def _drawn_in(t: Theme) -> Iterator[None]:
+    import matplotlib
+
+    global _current
+    before, _current = _current, t
+    try:
+        with matplotlib.rc_context({**_rc(t), "interactive": False}):
+            yield
+    finally:
+        _current = before
+
+
+# -- from drawing to output --------------------------------------------------------
+
+
+@dataclass
+class Drawing:
+    """A figure that is not drawn yet: what to draw, at which size.
+
+    Attributes
+    ----------
+    function : draws on the Axes it gets first; may return an alt text.
+    args, kwargs : its other arguments.
+    width, height : inches; one inch is 100 CSS pixels.
+    rows, cols : panels; with more than one the function gets a NumPy array of Axes.
+    grid : further arguments of ``Figure.subplots``.
+    """
+
+    function: Callable[..., str | None]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    width: float = 7.2
+    height: float = 3.8
+    rows: int = 1
+    cols: int = 1
+    grid: dict[str, Any] = field(default_factory=dict)
+
+    def figure(self, theme_name: str = "light") -> tuple[Figure, str | None]:
+        """Draw it in one theme: the matplotlib Figure, and the alt text if it has one."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        with _drawn_in(_THEMES[check_choice("theme_name", theme_name, _THEMES)]):
+            # A Figure of its own, outside pyplot: nothing is shown twice or left open.
+            fig = Figure(figsize=(self.width, self.height), layout="constrained")
+            FigureCanvasAgg(fig)
+            axes = fig.subplots(self.rows, self.cols, **self.grid)
+            alt = self.function(axes, *self.args, **self.kwargs)
+            return fig, alt if isinstance(alt, str) else None
+
+    def png(self, theme_name: str = "light") -> bytes:
+        """The PNG in one theme; the same bytes for the same input and matplotlib."""
+        fig, _ = self.figure(theme_name)
+        with _drawn_in(_THEMES[theme_name]):
+            return _png(fig)
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return show(self)._repr_mimebundle_(include, exclude)
+
+
+def _png(fig: Figure) -> bytes:
+    from PIL import Image
+
+    raw = io.BytesIO()
+    fig.savefig(raw, format="png", dpi=_CSS_DPI * _DENSITY, metadata={"Software": None})
+    # 256 colours are plenty for lines and text, and make the notebooks a third of the size.
+    image = Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    small = io.BytesIO()
+    image.save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A figure ready for a notebook: light and dark PNG, alt text, width in CSS pixels."""
+
+    light: bytes
+    dark: bytes
+    alt: str
+    width: int
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        data = {
+            "image/png": base64.b64encode(self.light).decode(),
+            "text/plain": f"Figure: {self.alt}",
+        }
+        dark = base64.b64encode(self.dark).decode()
+        return data, {"image/png": {"alt": self.alt, "dark": dark, "width": self.width}}
+
+    def __repr__(self) -> str:
+        return f"Figure: {self.alt}"
+
+
+def show(drawing: Drawing, alt: str | None = None) -> Shown:
+    """Draw a figure in both themes; make it the last expression of a cell.
+
+    Parameters
+    ----------
+    drawing : what a figure function returned, or :func:`draw` made.
+    alt : what a reader who does not see it needs to know: the axes and the message.
+        No measured figure, so that it is the same on every machine.  May be left
+        out where the figure function brings its own.
+
+    Raises
+    ------
+    ArgumentError
+        if there is no alt text, or ``drawing`` is a finished matplotlib figure, which
+        could be shown in one theme only.
+    """
+    if not isinstance(drawing, Drawing):
+        raise ArgumentError(
+            "drawing",
+            type(drawing).__name__,
+            "is not a Drawing, and a finished figure cannot change its theme.",
+            "Pass what a figure function of labkit.plots returns, or plots.draw(your_function).",
+        )
+    fig, own = drawing.figure("light")
+    alt = " ".join((alt or own or "").split())
+    if len(alt) < 20:
+        raise ArgumentError(
+            "alt",
+            alt,
+            "is missing or too short to stand in for the figure.",
+            "Say in a sentence which axes there are and what is to be seen.",
+        )
+    with _drawn_in(LIGHT):
+        light = _png(fig)
+    return Shown(light, drawing.png("dark"), alt, round(drawing.width * _CSS_DPI))
+
+
+def figure(
+    *, width: float = 7.2, height: float = 3.8, rows: int = 1, cols: int = 1, **grid: Any
+) -> Callable[[Callable[..., str | None]], Callable[..., Any]]:
+    """Make a figure function of one that draws on Axes.
+
+    The wrapped function loses its first parameter and returns a :class:`Drawing`.
+    Given ``ax=`` it draws there at once and returns that Axes; given ``size=`` (inches)
+    it takes that size.
+    """
+
+    def wrap(function: Callable[..., str | None]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def make(
+            *args: Any, ax: Axes | None = None, size: tuple[float, float] | None = None, **kw: Any
+        ) -> Any:
+            if ax is not None:
+                function(ax, *args, **kw)
+                return ax
+            wide, high = size or (width, height)
+            return Drawing(function, args, kw, wide, high, rows, cols, grid)
+
+        return make
+
+    return wrap
+
+
+def draw(
+    function: Callable[[Any], Any],
+    *,
+    size: tuple[float, float] = (7.2, 3.8),
+    rows: int = 1,
+    cols: int = 1,
+) -> Drawing:
+    """A :class:`Drawing` of your own function of the Axes: ``plots.draw(lambda ax: …)``."""
+    if not callable(function):
+        raise ArgumentError(
+            "function", type(function).__name__, "is not callable.", "Pass a function of Axes."
+        )
+    return Drawing(function, width=size[0], height=size[1], rows=rows, cols=cols)
+
+
+# -- axes and labels ---------------------------------------------------------------
+
+
+def _size_text(value: float, _position: int | None = None) -> str:
+    """A size on an axis: 512, 8,192, ½."""
+    if value >= 1:
+        return f"{value:,.0f}" if float(value).is_integer() else significant(value)
+    return significant(value)
+
+
+def size_axis(ax: Axes, which: str = "x", *, label: str, every: int | None = None) -> None:
+    """Make ``which`` ("x" or "y") an axis of powers of two with plain numbers.
+
+    Call it after plotting: ``every`` (a tick per that many doublings) is chosen from the
+    range of the data unless given.
+    """
+    import math
+
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis = {"x": ax.xaxis, "y": ax.yaxis}[check_choice("which", which, ("x", "y"))]
+    (ax.set_xscale if which == "x" else ax.set_yscale)("log", base=2)
+    if every is None:
+        low, high = ax.get_xlim() if which == "x" else ax.get_ylim()
+        every = max(1, math.ceil(math.log2(high / low) / 9))
+    axis.set_major_locator(LogLocator(base=2**every, numticks=40))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(_size_text))
+    axis.set_label_text(label)
+
+
+def bytes_axis(ax: Axes, which: str = "y", *, label: str, every: int | None = None) -> None:
+    """Make ``which`` a logarithmic axis of bytes, written in binary units; see size_axis."""
+    from matplotlib.ticker import FuncFormatter
+
+    size_axis(ax, which, label=label, every=every)
+    axis = {"x": ax.xaxis, "y": ax.yaxis}[which]
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
+
+
+def seconds_axis(ax: Axes, which: str = "y", *, label: str = "time") -> None:
+    """Make ``which`` a decimal logarithmic axis of durations, written in s, ms, µs, ns."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    from labkit.units import format_seconds
+
+    axis = {"x": ax.xaxis, "y": ax.yaxis}[check_choice("which", which, ("x", "y"))]
+    (ax.set_xscale if which == "x" else ax.set_yscale)("log", base=10)
+    low, high = ax.get_xlim() if which == "x" else ax.get_ylim()
+    subs = (1.0,) if high > 300 * low else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=20))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format_seconds(value)))
+    axis.set_label_text(label)
+
+
+def end_labels(
+    ax: Axes,
+    labels: Sequence[tuple[float, float, str, str]],
+    *,
+    room: float = 0.2,
+    size: float = 9,
+) -> None:
+    """Write labels to the right of points, in their colours, moved apart where they would touch.
+
+    Parameters
+    ----------
+    labels : ``(x, y, text, colour)`` in data coordinates, usually the ends of lines.
+    room : share of the width of the axes to leave free for them on the right.
+    """
+    if not labels:
+        return
+    low, high = ax.get_xlim()
+    forward, backward = ax.xaxis.get_transform(), ax.xaxis.get_transform().inverted()
+    a, b = forward.transform([low, high])
+    ticks = [tick for tick in ax.get_xticks() if low <= tick <= high]
+    ax.set_xlim(low, backward.transform([a + (b - a) / (1 - room)])[0])
+    ax.xaxis.set_ticks(ticks)  # none under the labels; keeps the formatter
+    ax.spines["bottom"].set_bounds(low, high)
+    fig = ax.figure
+    fig.draw_without_rendering()
+    to_points = 72 / fig.dpi
+    placed = sorted(labels, key=lambda item: item[1])
+    heights = [ax.transData.transform((x, y))[1] * to_points for x, y, _, _ in placed]
+    lines = [text.count("\n") + 1 for _, _, text, _ in placed]
+    wanted = list(heights)
+    for _ in range(200):  # push neighbours apart until none overlap
+        moved = False
+        for i in range(len(placed) - 1):
+            gap = size * 0.62 * (lines[i] + lines[i + 1])
+            lack = gap - (heights[i + 1] - heights[i])
+            if lack > 0.01:
+                heights[i] -= lack / 2
+                heights[i + 1] += lack / 2
+                moved = True
+        if not moved:
+            break
+    for (x, y, text, colour), height, want in zip(placed, heights, wanted, strict=True):
+        ax.annotate(
+            text,
+            (x, y),
+            xytext=(6, height - want),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontsize=size,
+            annotation_clip=False,
+        )
+
+
+# -- memory ------------------------------------------------------------------------
+
+
+@figure(height=3.2)
+def memory_bars(ax: Axes, table: Any) -> str:
+    """Bytes of each tensor of a :class:`labkit.memory.MemoryTable`, as bars.
+
+    Parameters
+    ----------
+    table : anything with ``rows``, each with ``name``, ``bytes`` and ``shape``.
+    """
+    t = theme()
+    rows = list(table.rows)
+    if not rows:
+        raise ArgumentError("table", "no rows", "is empty.", "Pass a table with tensors.")
+    biggest = max(row.bytes for row in rows)
+    total = sum(row.bytes for row in rows)
+    for place, row in enumerate(rows):
+        colour = t.tensor(row.name)
+        ax.barh(place, row.bytes, color=colour, height=0.68)
+        share = 100 * row.bytes / total
+        text = f"{format_bytes(row.bytes)}  ·  {significant(share, 2)} %"
+        inside = row.bytes > 0.7 * biggest
+        ax.annotate(
+            text,
+            (row.bytes, place),
+            xytext=(-6 if inside else 6, 0),
+            textcoords="offset points",
+            ha="right" if inside else "left",
+            va="center",
+            fontsize=9,
+            color=t.paper if inside else t.ink,
+        )
+    ax.set_yticks(range(len(rows)), [f"{r.name}  {_shape(r.shape)}" for r in rows])
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+    _linear_bytes(ax, "x", biggest, "bytes")
+    names = ", ".join(row.name for row in rows)
+    largest = max(rows, key=lambda row: row.bytes)
+    return (
+        f"Horizontal bars: bytes of {names}. The largest is {largest.name} with "
+        f"{format_bytes(largest.bytes)} of {format_bytes(total)} in all."
+    )
+
+
+def _shape(shape: Any) -> str:
+    return shape if isinstance(shape, str) else "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _linear_bytes(ax: Axes, which: str, biggest: float, label: str) -> None:
+    """Ticks at round binary sizes on a linear axis."""
+    from matplotlib.ticker import FuncFormatter, MultipleLocator
+
+    step = 1.0
+    while biggest / step > 6:
+        step *= 2
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    axis.set_major_locator(MultipleLocator(step))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: format_bytes(v) if v else "0"))
+    axis.set_label_text(label)
+
+
+@dataclass(frozen=True)
+class _Life:
+    """One tensor in a timeline: when it is created and freed, in steps, and its size."""
+
+    name: str
+    bytes: int
+    start: int
+    end: int
+
+
+def _lives(events: Sequence[tuple[str, str, int, Any]]) -> tuple[list[_Life], list[str], list[int]]:
+    """Lives, labels of the steps and live bytes after each, from (step, name, ±bytes, id)."""
+    open_at: dict[Any, tuple[str, int, int]] = {}
+    lives: list[_Life] = []
+    labels: list[str] = []
+    live = [0]
+    for step, name, change, key in events:
+        if change > 0 or not labels:
+            labels.append(step)
+            live.append(live[-1])
+        if change > 0:
+            open_at[key] = (name, change, len(labels) - 1)
+        elif key in open_at:
+            name, size, start = open_at.pop(key)
+            # freed while the step ran: still there during it
+            lives.append(_Life(name, size, start, len(labels)))
+        live[-1] += change
+    lives += [_Life(n, b, s, len(labels)) for n, b, s in open_at.values()]
+    return sorted(lives, key=lambda life: life.start), labels, live[1:]
+
+
+def _events(source: Any, sizes: Mapping[str, int]) -> list[tuple[str, str, int, Any]]:
+    """``(step, tensor, ±bytes, id)`` of a Trace, or of a Schedule at the given sizes."""
+    if hasattr(source, "events"):  # labkit.memory.Trace
+        return [
+            (e.op, f"{e.op} {_shape(e.shape)}", e.bytes, getattr(e, "storage", e.op))
+            for e in source.events
+        ]
+    if hasattr(source, "timeline"):  # labkit.memory.Schedule
+        return [_schedule_event(e) for e in source.timeline(**sizes)]
+    return list(source)
+
+
+def _schedule_event(event: Any) -> tuple[str, str, int, Any]:
+    if isinstance(event, Mapping):
+        return event["step"], event["name"], event["bytes"], event["name"]
+    step, name, change = event[:3]
+    return step, name, change, name
+
+
+@figure(height=3.6)
+def timeline(ax: Axes, source: Any, *, capacity: int | None = None, **sizes: int) -> str:
+    """What is alive when: one block per tensor, stacked as memory is, step by step.
+
+    Parameters
+    ----------
+    source : a ``labkit.memory.Trace``, a ``labkit.memory.Schedule`` (with its sizes as
+        keywords), or a list of ``(step, tensor, ±bytes, id)``.
+    capacity : bytes of a limit to draw as a line.
+    """
+    t = theme()
+    events = _events(source, sizes)
+    lives, labels, _ = _lives(events)
+    if not lives:
+        raise ArgumentError(
+            "source", "no events", "allocates nothing.", "Trace a function that does."
+        )
+    steps = len(labels)
+    peak = max(_alive(lives, steps))
+    for life, bottoms in zip(lives, _places(lives, steps, peak), strict=True):
+        colour = _colour_of(life.name, t)
+        for start, end, bottom in _runs(life.start, bottoms):
+            ax.fill_between(
+                [start, end], bottom, bottom + life.bytes, color=colour, edgecolor=t.paper, lw=1.2
+            )
+        start, end, bottom = max(_runs(life.start, bottoms), key=lambda r: r[1] - r[0])
+        if life.bytes > 0.08 * peak:
+            ax.text(
+                (start + end) / 2,
+                bottom + life.bytes / 2,
+                life.name,
+                ha="center",
+                va="center",
+                fontsize=8.5,
+                color=t.paper,
+                clip_on=True,
+            )
+    ax.axhline(peak, color=t.ink, linewidth=1, linestyle=(0, (4, 3)))
+    ax.annotate(
+        f"peak {format_bytes(peak)}",
+        (0, peak),
+        xytext=(4, 4),
+        textcoords="offset points",
+        fontsize=9,
+        va="bottom",
+    )
+    if capacity is not None:
+        ax.axhline(capacity, color=t.vermilion, linewidth=1.2)
+        ax.annotate(
+            f"limit {format_bytes(capacity)}",
+            (0, capacity),
+            xytext=(4, 4),
+            textcoords="offset points",
+            color=t.vermilion,
+            fontsize=9,
+        )
+    ax.set_xlim(0, steps)
+    ax.set_ylim(0, max(peak, capacity or 0) * 1.14)
+    ax.set_xticks([i + 0.5 for i in range(steps)], labels)
+    if steps > 7:
+        ax.tick_params(axis="x", rotation=35)
+        for label in ax.get_xticklabels():
+            label.set_horizontalalignment("right")
+    ax.tick_params(axis="x", length=0)
+    ax.grid(axis="x", visible=False)
+    ax.set_xlabel("operation, in order")
+    _linear_bytes(ax, "y", max(peak, capacity or 0), "bytes alive beside the inputs")
+    return (
+        f"Stacked blocks: bytes alive after each of {steps} operations ({', '.join(labels)}); "
+        f"the peak is {format_bytes(peak)}."
+    )
+
+
+def _alive(lives: Sequence[_Life], steps: int) -> list[int]:
+    """Bytes alive during each step."""
+    return [sum(one.bytes for one in lives if one.start <= i < one.end) for i in range(steps)]
+
+
+def _places(lives: Sequence[_Life], steps: int, peak: int) -> list[list[float]]:
+    """The lower edge of each block in each step that it lives through.
+
+    First fit, as an allocator would place it, so that blocks are rectangles.  Where that
+    leaves holes at the peak, the blocks are stacked anew in each step instead: the height
+    of the figure is always the bytes alive.
+    """
+    placed: list[tuple[_Life, float]] = []
+    for life in lives:
+        near = sorted((b, b + o.bytes) for o, b in placed if o.end > life.start)
+        bottom = 0.0
+        for low, high in near:
+            if low - bottom >= life.bytes:
+                break
+            bottom = max(bottom, high)
+        placed.append((life, bottom))
+    if max(bottom + life.bytes for life, bottom in placed) <= peak:
+        return [[b] * (min(life.end, steps) - life.start) for life, b in placed]
+    floor = [0.0] * steps
+    out = []
+    for life in lives:
+        span = range(life.start, min(life.end, steps))
+        out.append([floor[i] for i in span])
+        for i in span:
+            floor[i] += life.bytes
+    return out
+
+
+def _runs(start: int, bottoms: Sequence[float]) -> list[tuple[int, int, float]]:
+    """Stretches of steps over which a block stays at one height: (start, end, bottom)."""
+    runs: list[tuple[int, int, float]] = []
+    for i, bottom in enumerate(bottoms, start):
+        if runs and runs[-1][2] == bottom:
+            runs[-1] = (runs[-1][0], i + 1, bottom)
+        else:
+            runs.append((i, i + 1, bottom))
+    return runs
+
+
+def _colour_of(name: str, t: Theme) -> str:
+    """A tensor's own colour if its name starts with a known one, else one by its name."""
+    head = name.split()[0] if name.split() else name
+    if head in t.tensors:
+        return t.tensors[head]
+    return t.cycle[sum(map(ord, head)) % len(t.cycle)]
+
+
+# -- scaling -----------------------------------------------------------------------
+
+
+@figure(height=3.9)
+def scaling_fit(
+    ax: Axes,
+    series: Sequence[Mapping[str, Any]],
+    *,
+    x: str,
+    y: str,
+    kind: str = "bytes",
+    title: str = "",
+) -> str:
+    """Measured points on two logarithmic axes, with the fitted power laws.
+
+    Parameters
+    ----------
+    series : dicts with ``label``, ``x`` and ``y`` (sequences), and optionally ``fit``, an
+        object with ``exponent``, ``coefficient`` and ``range`` (as :func:`labkit.experiments.
+        scaling.fit_power` gives), ``low`` and ``high`` (spread of each y), ``muted`` (drawn as
+        background), ``dashed``.
+    x, y : axis labels, with units.
+    kind : "bytes" or "seconds": the unit of y.
+    """
+    t = theme()
+    check_choice("kind", kind, ("bytes", "seconds"))
+    markers = "osD^vP"
+    labels = []
+    for index, one in enumerate(series):
+        colour = t.muted if one.get("muted") else t.cycle[index % len(t.cycle)]
+        marker = markers[index % len(markers)]
+        style = "--" if one.get("dashed") else "-"
+        xs, ys = list(one["x"]), list(one["y"])
+        if "low" in one:
+            ax.fill_between(xs, one["low"], one["high"], color=colour, alpha=0.18, linewidth=0)
+        fit = one.get("fit")
+        ax.plot(
+            xs,
+            ys,
+            color=colour,
+            marker=marker,
+            linestyle="none" if fit else style,
+            markerfacecolor=t.paper,
+            markeredgewidth=1.4,
+            zorder=3,
+        )
+        text = one["label"]
+        if fit is not None:
+            first, last = fit.range
+            line = [first, last]
+            ax.plot(line, [fit(v) for v in line], color=colour, linestyle=style)
+            text += f"\nexponent {fit.exponent:.2f}"
+        labels.append((xs[-1], ys[-1], text, colour))
+    size_axis(ax, "x", label=x)
+    if kind == "bytes":
+        bytes_axis(ax, "y", label=y)
+    else:
+        seconds_axis(ax, "y", label=y)
+    end_labels(ax, labels, room=0.27)
+    if title:
+        ax.set_title(title)
+    names = "; ".join(one["label"] for one in series)
+    return f"Points and fitted lines on two logarithmic axes, {y} against {x}: {names}."
+
+
+@figure(height=3.9)
+def here_beside_recorded(
+    ax: Axes,
+    here: Sequence[tuple[float, float]] | None,
+    recorded: Sequence[tuple[float, float]],
+    *,
+    x: str,
+    y: str,
+    kind: str = "seconds",
+    here_label: str = "this machine",
+    recorded_label: str = "NVIDIA H200, recorded",
+) -> str:
+    """The machine at hand (points) beside the recorded one (line).
+
+    Parameters
+    ----------
+    here, recorded : ``(x, y)`` pairs, x a size; ``here`` may be None.
+    x, y : axis labels, with units.
+    kind : "bytes", "seconds" or "rate" (B/s or FLOP/s, decimal prefixes).
+    """
+    from matplotlib.ticker import FuncFormatter
+
+    t = theme()
+    check_choice("kind", kind, ("bytes", "seconds", "rate"))
+    labels = []
+    for pairs, label, colour, style in (
+        (recorded, recorded_label, t.muted, "-"),
+        (here, here_label, t.blue, "none"),
+    ):
+        if not pairs:
+            continue
+        xs, ys = zip(*sorted(pairs), strict=True)
+        ax.plot(
+            xs, ys, color=colour, linestyle=style, marker="o", markerfacecolor=t.paper, zorder=3
+        )
+        labels.append((xs[-1], ys[-1], label, colour))
+    size_axis(ax, "x", label=x)
+    if kind == "bytes":
+        bytes_axis(ax, "y", label=y)
+    elif kind == "seconds":
+        seconds_axis(ax, "y", label=y)
+    else:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _rate_text(v)))
+        ax.set_ylabel(y)
+    end_labels(ax, labels, room=0.27)
+    both = f"{recorded_label} as a line, {here_label} as points" if here else recorded_label
+    return f"{y} against {x}, both logarithmic: {both}."
+
+
+def _rate_text(value: float) -> str:
+    for scale, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{significant(value / scale)} {prefix}"
+    return significant(value)
+
+
+# -- the data flow of standard attention ---------------------------------------------
+
+
+@figure(width=7.6, height=4.6)
+def data_flow(ax: Axes, *, fused: bool = False) -> str:
+    """Where the tensors of attention live and which way they move.
+
+    Below, off-chip memory (HBM); above, the chip, where the three steps run.  Areas are drawn
+    so that S and P, N × N, tower over Q, K, V and O, N × d.  ``fused=True`` draws the
+    way of the fused kernel: S and P stay on the chip, a tile at a time.
+    """
+    t = theme()
+    ax.set_xlim(0, 100)
+    ax.set_ylim(0, 60)
+    ax.axis("off")
+    _band(ax, 0, 30, "off chip\nHBM", t)
+    _band(ax, 37, 60, "on chip\nregisters, SRAM", t)
+    (_fused_flow if fused else _three_steps)(ax, t)
+    if fused:
+        return (
+            "Data flow of fused attention between off-chip memory below and the chip above: Q, K "
+            "and V are read, tiles of S and P live on the chip only, O and the log-sum-exp are "
+            "written."
+        )
+    return (
+        "Data flow of standard attention between off-chip memory below and the chip above. Step 1 "
+        "reads Q and K and writes S; step 2 reads S and writes P; step 3 reads P and V and writes "
+        "O. S and P are N by N squares, the others are thin N by d strips: four passes over an N "
+        "by N matrix."
+    )
+
+
+def _band(ax: Axes, low: float, high: float, text: str, t: Theme) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    box = FancyBboxPatch(
+        (0.8, low + 0.6),
+        98.4,
+        high - low - 1.2,
+        boxstyle="round,pad=0,rounding_size=1.6",
+        facecolor=t.panel,
+        edgecolor=t.grid,
+    )
+    ax.add_patch(box)
+    ax.text(
+        3.6,
+        (low + high) / 2,
+        text,
+        fontsize=8.5,
+        color=t.muted,
+        rotation=90,
+        va="center",
+        ha="center",
+        linespacing=1.3,
+    )
+
+
+def _tensor(
+    ax: Axes,
+    name: str,
+    x: float,
+    y: float,
+    w: float,
+    h: float,
+    t: Theme,
+    shape: str,
+    tiles: int = 0,
+) -> None:
+    """A matrix as a rectangle with its lower left corner at (x, y), its name and shape."""
+    from matplotlib.patches import Rectangle
+
+    colour = t.tensor(name)
+    ax.add_patch(Rectangle((x, y), w, h, facecolor=colour, edgecolor=t.paper, linewidth=1))
+    for i in range(1, tiles):
+        ax.plot([x + w * i / tiles] * 2, [y, y + h], color=t.paper, linewidth=0.5)
+        ax.plot([x, x + w], [y + h * i / tiles] * 2, color=t.paper, linewidth=0.5)
+    outside = w < 2
+    ax.text(
+        x + w + 0.8 if outside else x + w / 2,
+        y + h / 2,
+        name,
+        color=colour if outside else t.paper,
+        weight="bold",
+        ha="left" if outside else "center",
+        va="center",
+        fontsize=13 if w >= 6 else 8.5,
+    )
+    ax.text(x + w / 2, y - 1, shape, color=t.muted, ha="center", va="top", fontsize=8)
+
+
+def _kernel(ax: Axes, x: float, w: float, step: str, formula: str, t: Theme) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    box = FancyBboxPatch(
+        (x, 41.5),
+        w,
+        11.5,
+        boxstyle="round,pad=0,rounding_size=1.4",
+        facecolor=t.paper,
+        edgecolor=t.ink,
+        linewidth=1.1,
+    )
+    ax.add_patch(box)
+    ax.text(x + w / 2, 50, step, ha="center", va="center", fontsize=8.5, color=t.muted)
+    ax.text(x + w / 2, 45.4, formula, ha="center", va="center", fontsize=11)
+
+
+def _arrow(
+    ax: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, heavy: bool
+) -> None:
+    from matplotlib.patches import FancyArrowPatch
+
+    ax.add_patch(
+        FancyArrowPatch(
+            start,
+            end,
+            arrowstyle="-|>",
+            mutation_scale=15 if heavy else 10,
+            color=colour,
+            linewidth=3.4 if heavy else 1.4,
+            shrinkA=0,
+            shrinkB=0,
+            zorder=4,
+        )
+    )
+
+
+def _three_steps(ax: Axes, t: Theme) -> None:
+    top, base, strip, square = 21.5, 5.5, 3.2, 16.0
+    for name, x in (("Q", 7), ("K", 12)):
+        _tensor(ax, name, x, base, strip, square, t, "N×d")
+    _tensor(ax, "S", 25, base, square, square, t, "N×N")
+    _tensor(ax, "P", 52, base, square, square, t, "N×N")
+    _tensor(ax, "V", 77, base, strip, square, t, "N×d")
+    _tensor(ax, "O", 92, base, strip, square, t, "N×d")
+    _kernel(ax, 8, 22, "step 1", r"$S = QK^{\mathsf{T}}/\sqrt{d}$", t)
+    _kernel(ax, 37.5, 20, "step 2", r"$P = \mathrm{softmax}(S)$", t)
+    _kernel(ax, 69, 22, "step 3", r"$O = PV$", t)
+    thin = dict(heavy=False)
+    _arrow(ax, (8.6, top + 0.6), (11.5, 41), t.tensor("Q"), **thin)
+    _arrow(ax, (13.6, top + 0.6), (14.5, 41), t.tensor("K"), **thin)
+    _arrow(ax, (26.5, 41), (30.5, top + 0.8), t.tensor("S"), heavy=True)
+    _arrow(ax, (37, top + 0.8), (41.5, 41), t.tensor("S"), heavy=True)
+    _arrow(ax, (53.5, 41), (57.5, top + 0.8), t.tensor("P"), heavy=True)
+    _arrow(ax, (64, top + 0.8), (72.5, 41), t.tensor("P"), heavy=True)
+    _arrow(ax, (78.6, top + 0.6), (80, 41), t.tensor("V"), **thin)
+    _arrow(ax, (88, 41), (93.4, top + 0.6), t.tensor("O"), **thin)
+    for x, text, name in (
+        (26.8, "write", "S"),
+        (41.4, "read", "S"),
+        (53.6, "write", "P"),
+        (71.6, "read", "P"),
+    ):
+        right = text == "write"
+        ax.text(
+            x,
+            33.6,
+            f"{text}\n$N^2$",
+            color=t.tensor(name),
+            fontsize=8.5,
+            va="center",
+            ha="right" if right else "left",
+            linespacing=1.1,
+            weight="bold",
+        )
+    nd = "{}\n$N d$"
+    for x, side, text, name in (
+        (8.4, "right", "read", "Q"),
+        (14.8, "left", "read", "K"),
+        (80.4, "left", "read", "V"),
+        (92.6, "left", "write", "O"),
+    ):
+        ax.text(
+            x,
+            33.6,
+            nd.format(text),
+            color=t.tensor(name),
+            fontsize=8,
+            va="center",
+            ha=side,
+            linespacing=1.1,
+        )
+
+
+def _fused_flow(ax: Axes, t: Theme) -> None:
+    top, base, strip, square = 21.5, 5.5, 3.2, 16.0
+    for name, x in (("Q", 22), ("K", 31), ("V", 40)):
+        _tensor(ax, name, x, base, strip, square, t, "N×d")
+    _tensor(ax, "O", 64, base, strip, square, t, "N×d")
+    _tensor(ax, "LSE", 73, base, 1.4, square, t, "N")
+    _kernel(ax, 22, 50, "one kernel, tile by tile", "", t)
+    for x, name in ((32, "S"), (44, "P")):
+        _tensor(ax, name, x, 43, 6, 6, t, "")
+    ax.text(41, 46, "→", ha="center", va="center", color=t.ink)
+    ax.text(52.5, 46, "rescale and add to O", fontsize=8.5, va="center", color=t.ink)
+    for name, x, end in (("Q", 23.6, 29), ("K", 32.6, 36), ("V", 41.6, 43)):
+        _arrow(ax, (x, top + 0.6), (end, 41), t.tensor(name), heavy=False)
+    _arrow(ax, (61, 41), (65.6, top + 0.6), t.tensor("O"), heavy=False)
+    _arrow(ax, (68, 41), (73.7, top + 0.6), t.tensor("LSE"), heavy=False)
