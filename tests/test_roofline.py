@@ -390,3 +390,47 @@ def test_bad_input_names_the_argument(call, names):
     with pytest.raises(ArgumentError) as caught:
         call()
     assert caught.value.argument == names
+
+
+# -- figures -----------------------------------------------------------------------------------
+
+
+def test_figures_of_the_chapter_draw_in_both_themes_and_say_what_they_show():
+    from labkit import plots
+
+    roofs = [Roofline.from_card(CARD), Roofline(80e12, 0.9e12, "Test, measured", "measured")]
+    at = {"seq_len": 512, "heads": 2}
+    points = []
+    for step in steps() + steps("fused"):
+        cost = step.at(**at)
+        seconds = 2 * roofs[1].time(cost.flops, cost.bytes).lower
+        points.append(Point(step.name, cost.flops, cost.bytes, seconds))
+    bounds = roofs[1].time_of(steps()[0], **at)
+    row = {"label": "S", "lower": bounds.lower, "upper": bounds.upper, "measured": 2 * bounds.upper}
+    curve = [(n, steps()[0].intensity(seq_len=n)) for n in (64, 128)]
+    for drawing in (
+        plots.roofline(roofs, points),
+        plots.intensity_limits([("S = QKᵀ", curve, 64.0)], ridges={"A": 100.0}),
+        plots.time_bounds([row]),
+        plots.dram_ledger([{"label": "S", "formula": 2**20, "cold": None, "warm": 2**10}]),
+    ):
+        shown = plots.show(drawing)
+        assert shown.light != shown.dark and len(shown.alt) > 60
+    for call in (
+        lambda: plots.roofline([]),
+        lambda: plots.time_bounds([]),
+        lambda: plots.dram_ledger([]),
+    ):
+        with pytest.raises(ArgumentError):
+            plots.show(call())
+
+
+def test_residual_lines_rise_from_each_point_to_the_first_roof():
+    from labkit import plots
+
+    roof = Roofline(1e12, 1e10, "roof", "measured")
+    point = Point("p", 1e9, 1e9, 1.0)
+    fig, alt = plots.roofline([roof], [point]).figure()
+    (line,) = fig.axes[0].collections[0].get_segments()
+    assert line[:, 1] == pytest.approx([1e9, 1e10]) and line[:, 0] == pytest.approx([1, 1])
+    assert "roof" in alt and "p" in alt
