@@ -277,9 +277,9 @@ class _Cuda:
         if left_over_s > max(20e-6, 0.05 * added_ms * 1e-3):
             raise UnsynchronisedError(
                 f"{name} leaves work on another CUDA stream: the GPU was still busy "
-                f"{left_over_s * 1e6:.0f} µs after the current stream had finished. Let the current "
-                "stream wait for it (torch.cuda.current_stream().wait_stream(other)) inside the "
-                "timed function, or run it under torch.cuda.stream(other) as a whole."
+                f"{left_over_s * 1e6:.0f} µs after the current stream had finished. Let the "
+                "current stream wait for it (torch.cuda.current_stream().wait_stream(other)) in "
+                "the timed function, or run it under torch.cuda.stream(other) as a whole."
             )
         if added_ms < 0.5e-3:
             raise UnsynchronisedError(
