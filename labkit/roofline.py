@@ -62,6 +62,7 @@ __all__ = [
     "Roofline",
     "Step",
     "TimeBounds",
+    "card_or_none",
     "problem",
     "special_rate",
     "steps",
@@ -707,12 +708,15 @@ class Roofline:
         )
 
     @classmethod
-    def from_record(cls, record: Any, dtype: Any = "bfloat16") -> Roofline:
+    def from_record(
+        cls, record: Any, dtype: Any = "bfloat16", *, gpu: str | None = None
+    ) -> Roofline:
         """The ceilings that the experiment ``roofline`` measured.
 
         Reads the keys ``copy_peak`` (B/s) and ``matmul_peak_<dtype>`` (FLOP/s) of a
-        ``labkit.records.Record``.  The vector peak and the exponential rate are not measured:
-        they are the data sheet's, when the record's GPU is in ``labkit.hardware``.
+        ``labkit.records.Record``, or of a fresh ``labkit.experiments.Result``.  The vector peak
+        and the exponential rate are not measured: they are the data sheet's, when the GPU is in
+        ``labkit.hardware``.  ``gpu`` is its name; a record knows it, a fresh result does not.
 
         Raises
         ------
@@ -720,12 +724,12 @@ class Roofline:
             if the record lacks a key (raised by the record).
         """
         name = dtype_name(dtype)
-        gpu = record.machine.get("gpu")
+        gpu = gpu or getattr(record, "machine", {}).get("gpu")
         card = card_or_none(gpu)
         return cls(
             record.value(f"matmul_peak_{name}"),
             record.value("copy_peak"),
-            f"{gpu or 'this CPU'}, {name}, measured",
+            f"{gpu or 'this machine'}, {name}, measured",
             "measured",
             card.peak.get("float32") if card else None,
             special_rate(card.sm_count, card.boost_clock_hz) if card else None,

@@ -218,7 +218,7 @@ def test_points_of_a_tiny_plan_are_complete_and_right(monkeypatch):
     }
     monkeypatch.setattr(points, "_plan", lambda quick, device: plan)
     result = run("roofline", quick=True, device="cpu")
-    roof = Roofline.from_record(points._AsRecord(result, None), "float32")
+    roof = Roofline.from_record(result, "float32")
     assert roof.ridge == pytest.approx(result.value("ridge_float32"))
     rows = [r for r in result.rows if "seq_len" in r]
     names = ["scores", "scale", "softmax", "output", "naive", "fused"]

@@ -58,7 +58,7 @@ def run(*, quick: bool, device: str | None = None, progress: Progress | None = N
         for dtype, head_dim, seq_len in each(
             problems, progress, lambda p: f"{p[0]}, d = {p[1]}, N = {p[2]}"
         ):
-            roofs = spec.get(dtype), Roofline.from_record(_AsRecord(result, gpu), dtype)
+            roofs = spec.get(dtype), Roofline.from_record(result, dtype, gpu=gpu)
             _measure_problem(result, plan, device, roofs, dtype, head_dim, seq_len)
     return result
 
@@ -96,14 +96,6 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
         "causal": [] if quick else [4096, 16384],
         "fused": list(_FUSED),
     }
-
-
-class _AsRecord:
-    """A result read by :meth:`Roofline.from_record` while it is still being measured."""
-
-    def __init__(self, result: Result, gpu: str | None) -> None:
-        self.results, self.value = result.results, result.value
-        self.machine = {"gpu": gpu}
 
 
 # -- ceilings ----------------------------------------------------------------------------------
