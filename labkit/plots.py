@@ -47,8 +47,10 @@ __all__ = [
     "draw",
     "end_labels",
     "figure",
+    "growth",
     "here_beside_recorded",
     "intensity_limits",
+    "launch_overhead",
     "memory_bars",
     "roofline",
     "scaling_fit",
@@ -567,44 +569,39 @@ class _Life:
     end: int
 
 
-def _lives(events: Sequence[tuple[str, str, int, Any]]) -> tuple[list[_Life], list[str], list[int]]:
-    """Lives, labels of the steps and live bytes after each, from (step, name, ±bytes, id)."""
+def _lives(events: Sequence[tuple[str, str, int, Any]]) -> tuple[list[_Life], list[str]]:
+    """Lives and labels of the columns, from (step, name, ±bytes, id).
+
+    A column holds what is alive together: a step gets a second one when it creates
+    something after it has freed something.
+    """
     open_at: dict[Any, tuple[str, int, int]] = {}
     lives: list[_Life] = []
     labels: list[str] = []
-    live = [0]
+    freed = False
     for step, name, change, key in events:
-        if change > 0 or not labels:
-            labels.append(step)
-            live.append(live[-1])
         if change > 0:
+            if not labels or freed or step != labels[-1]:
+                labels.append(step)
+                freed = False
             open_at[key] = (name, change, len(labels) - 1)
         elif key in open_at:
             name, size, start = open_at.pop(key)
-            # freed while the step ran: still there during it
+            # freed while the step ran: still there in its column
             lives.append(_Life(name, size, start, len(labels)))
-        live[-1] += change
+            freed = True
     lives += [_Life(n, b, s, len(labels)) for n, b, s in open_at.values()]
-    return sorted(lives, key=lambda life: life.start), labels, live[1:]
+    return sorted(lives, key=lambda life: life.start), labels
 
 
 def _events(source: Any, sizes: Mapping[str, int]) -> list[tuple[str, str, int, Any]]:
     """``(step, tensor, ±bytes, id)`` of a Trace, or of a Schedule at the given sizes."""
-    if hasattr(source, "events"):  # labkit.memory.Trace
-        return [
-            (e.op, f"{e.op} {_shape(e.shape)}", e.bytes, getattr(e, "storage", e.op))
-            for e in source.events
-        ]
     if hasattr(source, "timeline"):  # labkit.memory.Schedule
-        return [_schedule_event(e) for e in source.timeline(**sizes)]
+        moments = source.timeline(**sizes)
+        return [(m["step"], m["name"], m["bytes"], m["name"]) for m in moments]
+    if hasattr(source, "events"):  # labkit.memory.Trace
+        return [(e.op, f"{e.op} {_shape(e.shape)}", e.bytes, e.storage) for e in source.events]
     return list(source)
-
-
-def _schedule_event(event: Any) -> tuple[str, str, int, Any]:
-    if isinstance(event, Mapping):
-        return event["step"], event["name"], event["bytes"], event["name"]
-    step, name, change = event[:3]
-    return step, name, change, name
 
 
 @figure(height=3.6)
@@ -619,7 +616,7 @@ def timeline(ax: Axes, source: Any, *, capacity: int | None = None, **sizes: int
     """
     t = theme()
     events = _events(source, sizes)
-    lives, labels, _ = _lives(events)
+    lives, labels = _lives(events)
     if not lives:
         raise ArgumentError(
             "source", "no events", "allocates nothing.", "Trace a function that does."
@@ -665,8 +662,11 @@ def timeline(ax: Axes, source: Any, *, capacity: int | None = None, **sizes: int
         )
     ax.set_xlim(0, steps)
     ax.set_ylim(0, max(peak, capacity or 0) * 1.14)
-    ax.set_xticks([i + 0.5 for i in range(steps)], labels)
-    if steps > 7:
+    starts = [i for i in range(steps) if i == 0 or labels[i] != labels[i - 1]]
+    ends = [*starts[1:], steps]
+    middles = [(a + b) / 2 for a, b in zip(starts, ends, strict=True)]
+    ax.set_xticks(middles, [labels[i] for i in starts])
+    if len(starts) > 7:
         ax.tick_params(axis="x", rotation=35)
         for label in ax.get_xticklabels():
             label.set_horizontalalignment("right")
@@ -675,7 +675,8 @@ def timeline(ax: Axes, source: Any, *, capacity: int | None = None, **sizes: int
     ax.set_xlabel("operation, in order")
     _linear_bytes(ax, "y", max(peak, capacity or 0), "bytes alive beside the inputs")
     return (
-        f"Stacked blocks: bytes alive after each of {steps} operations ({', '.join(labels)}); "
+        f"Stacked blocks: bytes alive in each of {len(starts)} operations, in order: "
+        f"{', '.join(labels[i] for i in starts)}; "
         f"the peak is {format_bytes(peak)}."
     )
 
@@ -852,6 +853,104 @@ def _rate_text(value: float) -> str:
         if value >= scale:
             return f"{significant(value / scale)} {prefix}"
     return significant(value)
+
+
+# -- what grows (chapter 02) ------------------------------------------------------------
+
+
+@figure(width=7.6, height=3.7, cols=2)
+def growth(axes: Any, result: Any, *, where: str = "") -> str:
+    """Peak memory and time as one size at a time grows, each divided by where it starts.
+
+    Parameters
+    ----------
+    result : a result or record of the experiment ``scaling``.
+    where : name of the machine, for the title of the panel of times.
+    """
+    from labkit.experiments import scaling
+
+    t = theme()
+    panels = (("measured_bytes", "peak memory"), ("seconds", f"time, {where}" if where else "time"))
+    for ax, (y, title) in zip(axes, panels, strict=True):
+        labels = []
+        for index, knob in enumerate(scaling.KNOBS):
+            x, values = scaling.series(result, knob, y)
+            fit = scaling.fit_power(x, values)
+            start = x.index(fit.range[0])
+            base = fit(x[start])
+            xs = [v / x[start] for v in x[start:]]
+            ax.plot(
+                xs,
+                [v / base for v in values[start:]],
+                color=t.cycle[index],
+                marker="osD^"[index],
+                markerfacecolor=t.paper if knob != "heads" else t.cycle[index],
+                markersize=7 if knob == "batch" else 4.5,
+                linestyle="none",
+                zorder=3,
+            )
+            line = [xs[0], xs[-1]]
+            dash = (0, (4, 3)) if knob == "heads" else "-"
+            ax.plot(line, [fit(v * x[start]) / base for v in line], color=t.cycle[index], ls=dash)
+            text = f"{knob}  {fit.exponent:.2f}".replace("-", "−")
+            labels.append((xs[-1], fit(x[-1]) / base, text, t.cycle[index]))
+        size_axis(ax, "x", label="size, × its smallest")
+        size_axis(ax, "y", label="× the smallest", every=1)
+        ax.set_title(title)
+        end_labels(ax, labels, room=0.42)
+    low = min(ax.get_ylim()[0] for ax in axes)
+    high = max(ax.get_ylim()[1] for ax in axes)
+    for ax in axes:
+        ax.set_ylim(low, high)
+    return (
+        "Two panels on logarithmic axes, peak memory and time against the factor by which seq_len, "
+        "batch, heads or head_dim grows. In memory, seq_len rises with slope two, batch and heads "
+        "with slope one, head_dim stays level. The fitted exponent stands beside each line."
+    )
+
+
+@figure(height=4.0)
+def launch_overhead(ax: Axes, result: Any, *, label: str = "") -> str:
+    """Time of attention with one head against seq_len: flat while launching is what takes time.
+
+    Parameters
+    ----------
+    result : a result or record of the experiment ``scaling``.
+    label : name of the machine, for the title.
+    """
+    from labkit.experiments import scaling
+
+    t = theme()
+    ways = (
+        ("eager", "one call after another, from Python", t.vermilion, "o"),
+        ("graph", "the same kernels as one CUDA graph", t.blue, "s"),
+        ("queued", "what the GPU needs once they are queued", t.green, "D"),
+    )
+    found = []
+    for how, text, colour, marker in ways:
+        x, y = scaling.series(result, "one_head", how=how)
+        if not x:
+            continue
+        found.append((text, colour, x[0], y[0]))
+        ax.plot(x, y, color=colour, marker=marker, markerfacecolor=t.paper, zorder=3)
+        if how == "eager":
+            ax.plot(x, [y[-1] * (v / x[-1]) ** 2 for v in x], color=t.muted, lw=1.2, ls=(0, (4, 3)))
+            flat = scaling.flat_until(x, y)
+            ax.axvspan(x[0] / 1.2, flat, color=t.panel, zorder=0)
+            ax.set_xlim(x[0] / 1.2, x[-1] * 1.3)
+            ax.set_ylim(min(y) / 6, max(y) * 2)
+    size_axis(ax, "x", label="seq_len (tokens), one batch element, one head")
+    seconds_axis(ax, "y", label="time of one call")
+    for text, colour, x, y in found:
+        ax.annotate(text, (x, y), xytext=(2, 7), textcoords="offset points", color=colour, size=9)
+    if label:
+        ax.set_title(label)
+    curves = "; ".join(text for text, *_ in found)
+    return (
+        "Time against seq_len on logarithmic axes, one batch element and one head, with a dashed "
+        f"line of slope two. Curves: {curves}. On the left the first is level, on the right all "
+        "approach the dashed line."
+    )
 
 
 # -- the data flow of standard attention ---------------------------------------------

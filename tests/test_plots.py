@@ -195,10 +195,19 @@ def test_a_timeline_of_a_trace_and_of_a_schedule_are_read():
 
     class Schedule:
         def timeline(self, *, N):
-            return [("bmm", "S", N * MIB), ("softmax", "P", N * MIB), ("softmax", "S", -N * MIB)]
+            moments = [("bmm", "S", N), ("softmax", "P", N), ("softmax", "S", -N)]
+            return [{"step": s, "name": n, "bytes": b * MIB} for s, n, b in moments]
 
     (ax,) = plots.timeline(Schedule(), N=3).figure()[0].axes
     assert rectangles(ax) == [(0, 0, 2, 3), (1, 3, 2, 6)]
+
+
+def test_what_a_step_frees_before_it_creates_is_not_drawn_beside_it():
+    events = [("softmax", "max", 2 * MIB, 1), ("softmax", "max", -2 * MIB, 1)]
+    events += [("softmax", "sum", 2 * MIB, 2), ("PV", "O", MIB, 3)]
+    (ax,) = plots.timeline(events).figure()[0].axes
+    assert rectangles(ax) == [(0, 0, 1, 2), (1, 0, 3, 2), (2, 2, 3, 3)]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["softmax", "PV"]
 
 
 def test_a_fit_is_drawn_over_its_range_with_its_exponent():

@@ -34,6 +34,7 @@ from labkit.records import Figures, Record
 
 __all__ = [
     "Outcome",
+    "Progress",
     "Result",
     "beside",
     "get",
