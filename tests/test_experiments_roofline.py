@@ -36,6 +36,32 @@ def log_of(kernels: list[tuple[str, dict[str, tuple[str, str]]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# a line as Nsight Compute 2025.3 wrote it on an H200
+REAL = (
+    '"9","615","python3.12","127.0.0.1","void <unnamed>::softmax_warp_forward<c10::BFloat16, '
+    'c10::BFloat16, float, 10, 0, 0>(T2 *, const T1 *, int, int, int, const bool *, int, bool)",'
+    '"1","7","(32, 4, 1)","(2048, 1, 1)","0","9.0","Command line profiler metrics",'
+)
+
+
+def test_a_log_from_an_h200_is_read():
+    lines = ["==WARNING== Note: Running with uncontrolled GPU caches.", HEADER]
+    for metric, unit, value in (
+        ("dram__bytes_read.sum", "byte", "27,648"),
+        ("dram__bytes_write.sum", "byte", "10,882,816"),
+        ("gpu__time_duration.sum", "ns", "16,096"),
+        ("lts__t_bytes.sum", "byte", "48,496,352"),
+    ):
+        lines.append(f'{REAL}"{metric}","{unit}","{value}"')
+    (kernel,) = dram.parse_ncu("\n".join(lines))
+    assert kernel["dram_write"] == 10882816 and kernel["seconds"] == pytest.approx(16.096e-6)
+    assert dram.short_name(kernel["kernel"]) == "softmax_warp_forward"
+    assert dram.short_name("nvjet_sm90_tst_64x64_64x13_1x2_h_bz_NNT") == (
+        "nvjet_sm90_tst_64x64_64x13_1x2_h_bz_NNT"
+    )
+    assert dram.short_name("cuda::<unnamed>::spin_kernel(long)") == "spin_kernel"
+
+
 def counts(read="1,024", write="2048", l2="4,096", time="1,500") -> dict[str, tuple[str, str]]:
     values = (read, write, l2, time)
     units = ("byte", "byte", "byte", "ns")

@@ -155,7 +155,7 @@ def _held(result: Result, problem: dict[str, Any], device: str) -> None:
     functions = _functions(problem, device)
     fused = steps("fused")[0]
     predicted = {
-        "naive": attention_peak(**_sizes(problem), variant="out_of_place"),
+        "naive": attention_peak(**_sizes(problem), variant="out_of_place", device=device),
         # what fused attention allocates is what it writes
         "fused": sum(form(**_symbols(problem)) for form in fused.writes.values()),
     }
@@ -334,13 +334,6 @@ def _profile(result: Result, problems: list[dict[str, Any]], caches: str) -> Non
         said = " / ".join(line.strip() for line in tail)
         _note(result, f"DRAM bytes ({caches}) not measured: {error} ncu said: {said}")
         return
-    passes = {int(n) for n in re.findall(r"- (\d+) pass", text + done.stdout + done.stderr)}
-    if passes - {1}:
-        _note(
-            result,
-            f"ncu replayed kernels ({caches}, up to {max(passes)} passes): the caches of a warm "
-            "kernel are those that the replay left.",
-        )
     for (index, step), group in groups:
         _add_counts(result, problems[index], step, group, caches)
     for problem in problems:
@@ -426,6 +419,16 @@ def group_by_marker(
     return list(zip(names, groups, strict=True))
 
 
+def short_name(kernel: str) -> str:
+    """A kernel's name without namespaces, template arguments and parameters.
+
+    >>> short_name("void <unnamed>::softmax_warp_forward<c10::BFloat16, float, 10>(T2 *, int)")
+    'softmax_warp_forward'
+    """
+    plain = kernel.replace("<unnamed>::", "").removeprefix("void ")
+    return re.split(r"[<(]", plain)[0].split("::")[-1]
+
+
 def _add_counts(
     result: Result, problem: dict[str, Any], step: str, group: list[dict[str, Any]], caches: str
 ) -> None:
@@ -433,7 +436,7 @@ def _add_counts(
         labelled = {"kind": "kernel", "problem": problem["name"], "step": step, "caches": caches}
         result.rows.append({**labelled, **_sizes(problem), **kernel})
     key = f"{problem['name']}_{step}_{caches}"
-    names = " + ".join(k["kernel"].split("<")[0].split("(")[0] for k in group)
+    names = " + ".join(short_name(k["kernel"]) for k in group)
     how = f"ncu, {caches} caches, {_where(problem)}: {names}"
     for column, suffix in (("dram_read", "read"), ("dram_write", "write"), ("l2", "l2")):
         result.add(f"{key}_{suffix}", sum(k[column] for k in group), "bytes", f"{column}, {how}")
