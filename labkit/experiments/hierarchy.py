@@ -8,6 +8,7 @@ On a GPU, with the kernels of ``labkit.kernels``:
 ``shared``       lookups in a table in shared memory, without and with bank conflicts.
 ``latency``      a pointer chase through growing working sets.
 ``parallelism``  the same read by one program, two, four …: how many bytes must be in flight.
+``reuse``        r passes over a large buffer, whole or in blocks that stay in cache.
 ``matmul``       C = AB by dtype, ours and torch's, in a short burst and sustained.
 ``launch``       what one almost empty kernel costs.
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
@@ -60,6 +62,67 @@ def run(*, quick: bool, device: str | None = None, progress: Progress | None = N
         if device == "cuda":
             torch.cuda.empty_cache()
     return result
+
+
+# -- the same experiment on both -------------------------------------------------------------
+
+
+def blocked_passes(x: Any, passes: int, block: int) -> None:
+    """``passes`` times x ← −x, block by block: each block is finished while it is in cache."""
+    for part in x.split(block):
+        for _ in range(passes):
+            part.neg_()
+
+
+def _reuse(result: Result, quick: bool, device: str) -> None:
+    """Blocks that fit in cache against whole passes: the speed-up of keeping bytes close.
+
+    Let a pass over the whole buffer run at β, and a pass over a block that is already in cache
+    at ρβ (both measured here).  Of r passes over a block the first finds it in memory, the others
+    in cache, so blocks should be r / (1 + (r − 1) / ρ) times faster: ρ only in the limit.
+    """
+    import torch
+
+    from labkit.timing import time_fn, time_many
+
+    timer = {"warmup_ms": 1, "rep_ms": 10 if quick else 60, "device": device}
+    with _OneThread() if device == "cpu" else nullcontext():
+        size = 2**26 if device == "cpu" else min(2**30, 2 ** (_free().bit_length() - 3))
+        # 256 KiB fit in a core's L2; a quarter of a GPU's leaves room for what both halves hold.
+        block = 2**18 if device == "cpu" else _l2_bytes() // 4
+        x = torch.randn(size // 4, device=device)
+        small = x[: block // 4].clone()
+        in_cache = time_fn(
+            lambda: blocked_passes(small, 16, block // 4), flush_l2=False, min_samples=9, **timer
+        )
+        rate = in_cache.rate(2 * block * 16)
+        columns = {"how": "in cache", "passes": 16, "bytes": block, "block": block}
+        result.rows.append(_row("reuse", in_cache, **columns, bandwidth=rate))
+        whole_rate = 0.0
+        original = x.clone()
+        for passes in (1, 4, 16) if quick else (1, 2, 4, 8, 16, 32):
+            blocked_passes(x, passes, block // 4)
+            error = _equal("blocked_passes", x, -original if passes % 2 else original)
+            both = time_many(
+                {
+                    "whole": lambda r=passes: blocked_passes(x, r, x.numel()),
+                    "blocks": lambda r=passes: blocked_passes(x, r, block // 4),
+                },
+                min_samples=3 if quick else 5,
+                **timer,
+            )
+            x.copy_(original)
+            for how, timing in both.items():
+                columns = {"how": how, "passes": passes, "bytes": size, "block": block}
+                bandwidth = timing.rate(2 * size * passes)
+                row = _row("reuse", timing, **columns, bandwidth=bandwidth, error=error)
+                result.rows.append(row)
+            whole_rate = max(whole_rate, both["whole"].rate(2 * size * passes))
+            what = f"{passes} passes over {format_bytes(size)}: whole over in blocks of "
+            speedup = both.ratios("whole")["blocks"]
+            result.add(f"reuse_{passes}", speedup, "1", what + format_bytes(block))
+        what = "a pass over a block in cache over a pass over the whole buffer, rates"
+        result.add("reuse_ratio", rate / whole_rate, "1", what)
 
 
 # -- rows -----------------------------------------------------------------------------------
@@ -112,7 +175,8 @@ def _on_gpu(quick: bool) -> list[tuple[str, Callable[[Result], None]]]:
         ("shared memory", lambda r: _shared(r, quick)),
         ("latency", lambda r: _latency(r, quick)),
         ("bytes in flight", lambda r: _parallelism(r, quick)),
-        ("launch", lambda r: _launch(r)),
+        ("reuse", lambda r: _reuse(r, quick, "cuda")),
+        ("launch", _launch),
         ("matmul", lambda r: _matmul(r, quick)),
     ]
 
@@ -510,6 +574,7 @@ def _on_cpu(quick: bool) -> list[tuple[str, Callable[[Result], None]]]:
     return [
         ("copy", lambda r: _cpu_copy(r, quick)),
         ("order", lambda r: _cpu_order(r, quick)),
+        ("reuse", lambda r: _reuse(r, quick, "cpu")),
         ("matmul", lambda r: _cpu_matmul(r, quick)),
         ("kernels in the interpreter", _interpreted),
     ]
@@ -625,7 +690,7 @@ def _interpreted(result: Result) -> None:
         return
     x = torch.randn(5000)
     integers = torch.randint(0, 2**16, (5000,), dtype=torch.int32)
-    table = kernels.rotation_table(1024)
+    table = kernels.rotation_table(1024, "cpu")
     start = kernels.conflict_start(1, 1024, 1024)
     a, b = torch.randn(48, 40), torch.randn(40, 56)
     exact = a.double() @ b.double()

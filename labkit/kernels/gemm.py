@@ -13,8 +13,8 @@ Programs are numbered so that ``GROUP`` rows of tiles are done together: neighbo
 in time then share tiles of B that are still in L2.
 
 float32 inputs need a decision, which is made aloud with ``precision``:
-``"ieee"`` multiplies in float32 on the CUDA cores; ``"tf32"`` rounds the inputs to 10
-mantissa bits and uses the tensor cores, many times faster and some thousand times less
+``"ieee"`` multiplies in float32 on the CUDA cores; ``"tf32"`` keeps 10 mantissa
+bits of the inputs and uses the tensor cores, many times faster and some thousand times less
 exact.  For float16 and bfloat16 the products are exact in float32 and it means nothing.
 
 Taught in chapter 03 (the memory hierarchy), used for the measured ceiling of chapter 04.
@@ -54,23 +54,32 @@ _HALF = [
     _config(64, 128, 64, 4, 4),
     _config(64, 64, 64, 4, 4),
 ]
-#: float32: elements twice as large, so half the depth for the same shared memory
+#: float32 on the CUDA cores: the sums alone fill the registers, so smaller tiles
 _FULL = [
     _config(128, 128, 32, 8, 3),
     _config(128, 64, 32, 4, 4),
     _config(64, 64, 32, 4, 3),
     _config(128, 128, 16, 8, 3),
 ]
+#: float32 rounded to tf32: as half precision, at half the depth for the same shared memory
+_TF32 = [
+    _config(128, 256, 32, 8, 3),
+    _config(128, 256, 32, 8, 4),
+    _config(128, 128, 32, 8, 4),
+    _config(128, 128, 32, 4, 3),
+    _config(64, 64, 32, 4, 4),
+]
 
 
 def _prune(configs, named_args, **kwargs):
-    """Few enough to try all of them: by element size, and no tile far beyond the problem."""
+    """Few enough to try all of them: by kind of product, and no tile far beyond the problem."""
     if _interpreter_on():
         return [_config(32, 32, 32, 4, 1)]
     a, m, n = named_args["a"], named_args["M"], named_args["N"]
+    kind = _HALF if a.element_size() == 2 else {"ieee": _FULL, "tf32": _TF32}[kwargs["PRECISION"]]
     fits = [
         c
-        for c in (_HALF if a.element_size() == 2 else _FULL)
+        for c in kind
         if c.kwargs["BLOCK_M"] <= max(64, triton.next_power_of_2(m))
         and c.kwargs["BLOCK_N"] <= max(64, triton.next_power_of_2(n))
     ]
@@ -86,7 +95,7 @@ def _shared_bytes(config, itemsize: int) -> int:
 
 
 @triton.autotune(
-    configs=[_config(32, 32, 32, 4, 1)] if _interpreter_on() else _HALF + _FULL,
+    configs=[_config(32, 32, 32, 4, 1)] if _interpreter_on() else _HALF + _FULL + _TF32,
     key=["M", "N", "K", "PRECISION"],  # the dtypes of the tensors are part of the key anyway
     prune_configs_by={"early_config_prune": _prune},
 )
@@ -153,6 +162,10 @@ def _matmul(a: torch.Tensor, b: torch.Tensor, precision: str) -> torch.Tensor:
             "Pass float16 or float32 here; bfloat16 needs a GPU.",
         )
     (m, k), n = a.shape, b.shape[1]
+    if precision == "tf32" and a.dtype == torch.float32 and a.is_cuda:
+        # Hopper's matrix unit reads tf32 tiles along K only.  Left to transpose each tile as it
+        # loads it, the kernel is several times slower than this one copy makes up for.
+        a, b = a.contiguous(), b.mT.contiguous().mT
     c = torch.empty((m, n), dtype=a.dtype, device=a.device)
 
     def tiles(meta):
