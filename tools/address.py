@@ -106,17 +106,17 @@ def derived(root: Path, url: str, branch: str) -> dict[Path, str]:
     return texts
 
 
-def main() -> None:
+def main(argv: list[str] | None = None, root: Path = ROOT) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--set", metavar="URL", help="the new address; '' to take it out")
     parser.add_argument("--check", action="store_true", help="write nothing; fail on a difference")
-    arguments = parser.parse_args()
-    now, branch = first_cell.address(ROOT)
+    arguments = parser.parse_args(argv)
+    now, branch = first_cell.address(root)
     url = now if arguments.set is None else checked(arguments.set)
     changed = []
-    for path, text in derived(ROOT, url, branch).items():
+    for path, text in derived(root, url, branch).items():
         if path.read_text(encoding="utf-8") != text:
-            changed.append(str(path.relative_to(ROOT)))
+            changed.append(str(path.relative_to(root)))
             if not arguments.check:
                 path.write_text(text, encoding="utf-8")
     if arguments.check and changed:
