@@ -942,7 +942,9 @@ def launch_overhead(ax: Axes, result: Any, *, label: str = "") -> str:
     size_axis(ax, "x", label="seq_len (tokens), one batch element, one head")
     seconds_axis(ax, "y", label="time of one call")
     for text, colour, x, y in found:
-        ax.annotate(text, (x, y), xytext=(2, 7), textcoords="offset points", color=colour, size=9)
+        # below a single curve, which may rise at once; above each of several, which are level
+        place = {"xytext": (2, -8), "va": "top"} if len(found) == 1 else {"xytext": (2, 7)}
+        ax.annotate(text, (x, y), textcoords="offset points", color=colour, size=9, **place)
     if label:
         ax.set_title(label)
     curves = "; ".join(text for text, *_ in found)

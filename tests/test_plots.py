@@ -17,6 +17,7 @@ from PIL import Image
 
 from labkit import plots
 from labkit.errors import ArgumentError
+from labkit.experiments import Result
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MIB = 2**20
@@ -53,8 +54,25 @@ SERIES = [
 ]
 
 
+def sweeps():
+    """A result of the experiment scaling, with times that follow known laws (in ms)."""
+    result = Result()
+    laws = {"seq_len": (2, 2), "batch": (1, 1), "heads": (1, 1), "head_dim": (0.5, 0)}
+    for knob, (time, memory) in laws.items():
+        for x in (64, 128, 256, 512):
+            row = {"sweep": knob, knob: x, "median_ms": 1e-3 * x**time}
+            result.rows.append({**row, "measured_bytes": 8 * x**memory})
+    for how, floor in (("eager", 0.03), ("queued", 0.01), ("graph", 0.015)):
+        for n in (64, 128, 256, 512, 1024):
+            ms = floor + 1e-7 * n**2
+            result.rows.append({"sweep": "one_head", "how": how, "seq_len": n, "median_ms": ms})
+    return result
+
+
 def all_figures():
     return {
+        "growth": plots.growth(sweeps(), where="this machine"),
+        "launch": plots.launch_overhead(sweeps(), label="a GPU"),
         "memory_bars": plots.memory_bars(table()),
         "timeline": plots.timeline(EVENTS, capacity=200 * MIB),
         "scaling_fit": plots.scaling_fit(SERIES, x="size", y="time", kind="seconds"),
@@ -216,6 +234,27 @@ def test_a_fit_is_drawn_over_its_range_with_its_exponent():
     assert list(line.get_xdata()) == [256, 1024]
     assert list(line.get_ydata()) == [1e-9 * 256**2, 1e-9 * 1024**2]
     assert "seq_len\nexponent 2.00" in [t.get_text() for t in ax.texts]
+
+
+def test_growth_writes_the_exponents_beside_the_lines():
+    memory, time = plots.growth(sweeps()).figure()[0].axes
+    said = [{t.get_text() for t in ax.texts} for ax in (memory, time)]
+    assert said[0] == {"seq_len  2.00", "batch  1.00", "heads  1.00", "head_dim  0.00"}
+    assert said[1] == {"seq_len  2.00", "batch  1.00", "heads  1.00", "head_dim  0.50"}
+    assert memory.get_ylim() == time.get_ylim()
+
+
+def test_launch_overhead_marks_where_time_is_level():
+    (ax,) = plots.launch_overhead(sweeps()).figure()[0].axes
+    # 0.03 ms + 1e-7 N²: within a quarter of its least at N = 256, not at 512
+    assert ax.patches[0].get_extents().transformed(ax.transData.inverted()).x1 == pytest.approx(256)
+    guide = next(one for one in ax.lines if one.get_linestyle() == "--")
+    y = guide.get_ydata()
+    assert y[-1] / y[-2] == pytest.approx(4)
+    only_eager = sweeps()
+    only_eager.rows = [row for row in only_eager.rows if row.get("how") in (None, "eager")]
+    (ax,) = plots.launch_overhead(only_eager).figure()[0].axes
+    assert len(ax.texts) == 1
 
 
 def test_end_labels_do_not_overlap():
