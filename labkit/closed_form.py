@@ -152,7 +152,7 @@ class Form:
             sign = "-" if c < 0 else ("+" if text else "")
             c = abs(c)
             number = str(c) if c.denominator == 1 else rf"\tfrac{{{c.numerator}}}{{{c.denominator}}}"
-            body = r"\,".join(names.get(n, n) + (f"^{{{p}}}" if p > 1 else "") for n, p in powers)
+            body = r"\,".join(names.get(n, n) + (f"^{{{p}}}" if p != 1 else "") for n, p in powers)
             factor = body if c == 1 and body else (rf"{number}\,{body}" if body else number)
             text += (f" {sign} " if text else sign) + factor
         return text or "0"
@@ -164,7 +164,7 @@ class Form:
     def __repr__(self) -> str:
         parts = []
         for powers, c in self._ordered():
-            parts.append("·".join([str(c)] + [n + (f"^{p}" if p > 1 else "") for n, p in powers]))
+            parts.append("·".join([str(c)] + [n + (f"^{p}" if p != 1 else "") for n, p in powers]))
         return f"Form({' + '.join(parts) or '0'})"
 
 
