@@ -1585,10 +1585,10 @@ def bytes_in_flight(ax: Axes, source: Any, *, latency: float, peak: float) -> st
     _rate_axis(ax, "y", label="read bandwidth")
     ax.annotate(
         "bytes in flight / latency",
-        (x[2], x[2] / latency),
-        xytext=(-6, 10),
+        (x[4], x[4] / latency),
+        xytext=(10, -8),
         textcoords="offset points",
-        ha="right",
+        va="top",
         color=t.vermilion,
         fontsize=9,
     )
@@ -1634,9 +1634,10 @@ def reuse(ax: Axes, source: Any) -> str:
     )
     ax.annotate(
         "r / (1 + (r − 1) / ρ)",
-        (curve[60], curve[60] / (1 + (curve[60] - 1) / ratio)),
-        xytext=(10, -14),
+        (curve[16], curve[16] / (1 + (curve[16] - 1) / ratio)),
+        xytext=(-6, 8),
         textcoords="offset points",
+        ha="right",
         color=t.vermilion,
         fontsize=9,
     )

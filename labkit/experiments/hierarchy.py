@@ -622,38 +622,45 @@ def _cpu_copy(result: Result, quick: bool) -> None:
     _add_rate(result, "copy_cache_peak", _best(rows), what)
 
 
+def gather_lines(lines: Any, orders: Any, out: Any) -> None:
+    """Copy lines into one small buffer, a few thousand at a time, in the order given."""
+    import torch
+
+    for order in orders:
+        torch.index_select(lines, 0, order, out=out)
+
+
 def _cpu_order(result: Result, quick: bool) -> None:
-    """The same lines of 64 bytes gathered in order and at random, from growing buffers."""
+    """Every line of 64 bytes of a growing buffer, gathered in order and at random."""
     import torch
 
     from labkit.timing import time_many
 
+    at_a_time = 2**12  # 256 KiB of output, written again and again
+    out = torch.empty(at_a_time, 16)
     with _OneThread():
         for power in range(14, 27, 3 if quick else 1):
             size = 2**power
             lines = torch.randn(size // 64, 16)
-            taken = min(lines.shape[0], 2**15)
-            ordered = torch.arange(lines.shape[0])[:taken]
-            shuffled = torch.randperm(lines.shape[0])[:taken]
-            out = torch.empty(taken, 16)
-            both = time_many(
-                {
-                    "in order": lambda x=lines, i=ordered, o=out: torch.index_select(
-                        x, 0, i, out=o
-                    ),
-                    "at random": lambda x=lines, i=shuffled, o=out: torch.index_select(
-                        x, 0, i, out=o
-                    ),
-                },
-                warmup_ms=2,
-                rep_ms=10,
-                max_samples=200,
-                device="cpu",
-            )
+            count = lines.shape[0]
+            laps = max(1, 2**15 // count)  # a short buffer is walked several times
+            orders = {
+                "in order": torch.arange(count).repeat(laps),
+                "at random": torch.cat([torch.randperm(count) for _ in range(laps)]),
+            }
+            error = 0.0
+            functions = {}
+            for name, order in orders.items():
+                split = order.split(at_a_time)
+                gather_lines(lines, split, out)
+                error = max(error, _equal("gather_lines", out, lines[split[-1]]))
+                functions[name] = lambda s=split, x=lines: gather_lines(x, s, out)
+            timings = {"warmup_ms": 2, "rep_ms": 10 if quick else 60, "min_samples": 3}
+            both = time_many(functions, max_samples=200, device="cpu", **timings)
             for order, timing in both.items():
-                seconds = timing.seconds / taken
+                seconds = timing.seconds / (laps * count)
                 columns = {"order": order, "bytes": size, "seconds": seconds}
-                result.rows.append(_row("order", timing, **columns))
+                result.rows.append(_row("order", timing, **columns, error=error))
 
 
 def _cpu_matmul(result: Result, quick: bool) -> None:
