@@ -239,6 +239,7 @@ def test_points_of_a_tiny_plan_are_complete_and_right(monkeypatch):
         "copy_bytes": 2**20,
         "matmul_sizes": [128],
         "rep_ms": 2,
+        "min_samples": 2,
         "causal": [64],
         "fused": ["flash"],
     }

@@ -72,10 +72,11 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
             "dtypes": ["float32"],
             "head_dims": [64],
             "lengths": [256, 1024, 4096] if quick else [256, 512, 1024, 2048, 4096],
-            "pairs": 2**24,
-            "copy_bytes": 2**28,
+            "pairs": 2**23,
+            "copy_bytes": 2**27,
             "matmul_sizes": [1024, 2048],
             "rep_ms": 120 if quick else 500,
+            "min_samples": 3 if quick else 5,
             "causal": [] if quick else [1024],
             "fused": ["flash"],
         }
@@ -93,6 +94,7 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
         "copy_bytes": min(2**31, 2 ** int(math.log2(free // 4))),
         "matmul_sizes": [8192] if quick else [4096, 8192, 16384],
         "rep_ms": 40 if quick else 60,
+        "min_samples": 5,
         "causal": [] if quick else [4096, 16384],
         "fused": list(_FUSED),
     }
@@ -256,7 +258,8 @@ def _row(
     """
     from labkit.timing import time_fn
 
-    timing = time_fn(fn, rep_ms=plan["rep_ms"], device=device)
+    least = plan["min_samples"]
+    timing = time_fn(fn, rep_ms=plan["rep_ms"], min_samples=least, device=device)
     cost = step.at(**sizes)
     row = {"step": step.key, "backend": None, "causal": False, **sizes, **labels}
     row |= {"flops": cost.flops, "bytes": cost.bytes, "intensity": cost.intensity}
