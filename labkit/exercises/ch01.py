@@ -66,7 +66,8 @@ def attention(answer: Any) -> str:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     for batch, heads, nq, nk, d in ((1, 1, 4, 4, 3), (2, 3, 5, 9, 8), (1, 2, 1, 6, 4)):
-        q, k, v = random(batch, heads, nq, d), random(batch, heads, nk, d), random(batch, heads, nk, d)
+        q = random(batch, heads, nq, d)
+        k, v = random(batch, heads, nk, d), random(batch, heads, nk, d)
         keep = [x.clone() for x in (q, k, v)]
         got = call(answer, q, k, v)
         expect(
@@ -146,5 +147,6 @@ def peak(answer: Any) -> str:
         right + 1: "An assignment to s frees the tensor that s named before.",
         right + 2: "That counts every tensor ever made. Most are dead before p is written.",
     }
-    expect(got == right, f"Not {got:g}. {hints.get(got, 'Go line by line: which names are bound?')}")
+    hint = hints.get(got, "Go line by line: which names are bound?")
+    expect(got == right, f"Not {got:g}. {hint}")
     return "s, e and p are alive while p is written."
