@@ -59,7 +59,7 @@ def test_the_cards_that_the_course_names_are_there():
 def test_float32_peak_is_sms_times_cores_times_two_times_boost(row):
     cores = GUIDE[row.compute_capability][2]
     expected = row.sm_count * cores * 2 * row.boost_clock_hz
-    assert row.peak["float32"] == pytest.approx(expected, rel=0.03)
+    assert row.peak["float32"] == pytest.approx(expected, rel=0.007)
 
 
 @every_card
