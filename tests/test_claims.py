@@ -1,0 +1,245 @@
+"""Every table cell of the notes that Part I covers, recomputed; a wrong cell must be noticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+
+from labkit import claims
+from labkit.claims import CLAIMS, VERDICTS, as_markdown, claim, comparisons
+from labkit.errors import ArgumentError
+from labkit.units import GIB, KIB, MIB
+
+PART_ONE = [f"C{n:02d}" for n in (*range(1, 17), 23)]
+
+
+def cells(name, title=None):
+    """label → row of one claim's tables."""
+    tables = [t for t in comparisons(name) if title is None or title in t.title]
+    return {row.label: row for table in tables for row in table.rows}
+
+
+def test_part_one_has_a_verdict_on_each_of_its_claims():
+    assert list(CLAIMS) == PART_ONE
+    for item in CLAIMS.values():
+        assert item.verdict in VERDICTS
+        assert item.chapter in {"01", "02", "03", "04", "05"}
+        assert len(item.statement) > 30 and len(item.reason) > 30
+        assert item.reason.endswith(".") and item.statement.endswith(".")
+
+
+def test_the_known_errors_are_refuted():
+    refuted = {item.id for item in CLAIMS.values() if item.verdict == "refuted"}
+    assert refuted == {"C09", "C11", "C16"}
+
+
+@pytest.mark.parametrize("name", [n for n in PART_ONE if n != "C01"])
+def test_every_cell_comes_out_as_the_verdict_says(name):
+    tables = comparisons(name)
+    assert tables and all(table.rows for table in tables)
+    for table in tables:
+        for row in table.rows:
+            assert row.agrees == row.expected, f"{name}, {table.title}, {row}"
+
+
+# -- cell by cell, against the notes typed a second time -------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "inputs", "scores", "share"),
+    [
+        (512, 256 * KIB, 1 * MIB, 80),
+        (1024, 512 * KIB, 4 * MIB, 89),
+        (2048, 1 * MIB, 16 * MIB, 94),
+        (4096, 2 * MIB, 64 * MIB, 97),
+        (8192, 4 * MIB, 256 * MIB, 98),
+        (16384, 8 * MIB, 1 * GIB, 99),
+    ],
+)
+def test_C03_row(n, inputs, scores, share):
+    rows = cells("C03")
+    assert len(rows) == 18
+    assert claims._bytes_of(rows[f"N = {n}: Q, K, V, O"].claimed) == inputs
+    assert claims._bytes_of(rows[f"N = {n}: S, P"].claimed) == scores
+    assert rows[f"N = {n}: share of S, P"].claimed == f"{share} %"
+    # The same from first principles.
+    assert inputs == 4 * n * 64 * 2 and scores == 2 * n * n * 2
+    assert round(100 * scores / (scores + inputs)) == share
+    assert all(rows[f"N = {n}: {what}"].agrees for what in ("Q, K, V, O", "S, P", "share of S, P"))
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "n", "size"),
+    [
+        (1, 12, 2048, 192 * MIB),
+        (1, 12, 4096, 768 * MIB),
+        (1, 12, 8192, 3 * GIB),
+        (8, 12, 2048, 1.5 * GIB),
+        (8, 12, 4096, 6 * GIB),
+    ],
+)
+def test_C08_row(batch, heads, n, size):
+    rows = cells("C08")
+    assert len(rows) == 5
+    row = rows[f"batch {batch}, {heads} heads, N = {n}"]
+    assert row.agrees and claims._bytes_of(row.claimed) == size == 4 * batch * heads * n * n
+
+
+@pytest.mark.parametrize(
+    ("n", "size"), [(256, MIB // 4), (512, MIB), (1024, 4 * MIB), (2048, 16 * MIB)]
+)
+def test_C12_row_by_length(n, size):
+    row = cells("C12", "float32")[f"N = {n}"]
+    assert row.agrees and claims._bytes_of(row.claimed) == size == 4 * n * n
+
+
+@pytest.mark.parametrize(
+    ("label", "size"),
+    [
+        ("batch 1, 1 head", 1),
+        ("batch 2, 1 head", 2),
+        ("batch 1, 2 heads", 2),
+        ("batch 4, 1 head", 4),
+    ],
+)
+def test_C12_row_by_batch_and_heads(label, size):
+    row = cells("C12", "by batch")[label]
+    assert row.agrees and claims._bytes_of(row.claimed) == size * MIB
+
+
+def test_C02_covers_both_dtypes_of_all_six_tensors():
+    rows = cells("C02")
+    assert len(rows) == 16 and all(row.agrees for row in rows.values())
+    assert rows["Q, float32"].computed == "4Nd" and rows["S, float16"].computed == "2N²"
+    assert rows["Q, K, V, O together, float32"].computed == "16Nd"
+    assert rows["S, P together, float32"].computed == "8N²"
+
+
+def test_C04_limits_and_the_fifth_that_is_missing_at_8d():
+    limits = cells("C04", "limit")
+    assert limits["softmax"].computed == "1.25 FLOP/byte"
+    assert limits["QKᵀ, d = 64, N → ∞"].computed == "64 FLOP/byte"
+    assert "51.2" in cells("C04", "approaches")["N = 8d"].computed  # 64 / 1.25
+
+
+def test_C05_quotients_and_ridge_points():
+    rounded = cells("C05", "rounded")
+    assert rounded["312/2.0"].claimed == "156 FLOP/byte" and rounded["312/2.0"].agrees
+    assert rounded["990/3.35"].claimed == "296 FLOP/byte" and rounded["990/3.35"].agrees
+    exact = list(cells("C05", "data sheets").values())
+    assert [row.computed for row in exact] == ["153 FLOP/byte", "295.3 FLOP/byte"]
+
+
+def test_C09_right_formula_is_the_one_autograd_uses():
+    torch = pytest.importorskip("torch")
+    scores = torch.tensor([0.5, 1 / 3, 1 / 6], dtype=torch.float64).log().requires_grad_()
+    torch.softmax(scores, 0).backward(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    rows = cells("C09")
+    for i, gradient in enumerate(scores.grad.tolist()):
+        row = rows[f"dS[{i}]"]
+        found = row.computed.partition("/")
+        assert float(found[0]) / float(found[2] or 1) == pytest.approx(gradient)
+        assert not row.agrees
+    assert rows["sum of dS"].computed == "0"
+
+
+def test_C11_claimed_bound_is_below_what_cannot_be_avoided():
+    rows = cells("C11")
+    assert not rows["N²d/M, as claimed"].agrees and rows["N²d²/M"].agrees
+
+
+def test_C15_tile():
+    rows = cells("C15")
+    assert rows["a tile of 64 × 64, float32"].computed == "16 KiB"
+    assert rows["S at N = 512, float32"].computed == "1 MiB"
+
+
+# -- the comparison can fail -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "cell"),
+    [
+        ("C03_TABLE", 512, ("256 KB", "1 MB", "81")),
+        ("C03_TABLE", 4096, ("2 MB", "63 MB", "97")),
+        ("C03_TABLE", 16384, ("8 KB", "1 GB", "99")),
+        ("C08_TABLE", (8, 12, 2048), "1.6 GB"),
+        ("C12_TABLE", 1024, "4 KB"),
+        ("C12_LINEAR", (4, 1), "16 MB"),
+        ("C05_TABLE", "a100-sxm-80", ("312", "2.0", "165")),
+    ],
+)
+def test_a_wrong_cell_of_the_notes_is_noticed(monkeypatch, table, key, cell):
+    monkeypatch.setitem(getattr(claims, table), key, cell)
+    found = comparisons(table[:3])
+    assert not all(t.as_expected for t in found)
+    assert "against the verdict" in "\n".join(map(str, found))
+
+
+def test_a_wrong_model_is_noticed(monkeypatch):
+    real = claims.attention_memory
+
+    def doubled(**problem):
+        table = real(**problem)
+        rows = tuple(dataclasses.replace(r, bytes=2 * r.bytes) for r in table.rows)
+        return dataclasses.replace(table, rows=rows)
+
+    monkeypatch.setattr(claims, "attention_memory", doubled)
+    sizes = [row for row in cells("C03").values() if "share" not in row.label]
+    assert not any(row.agrees for row in sizes)
+    assert not any(row.agrees for row in cells("C08").values())
+
+
+def test_a_wrong_scores_buffer_is_noticed(monkeypatch):
+    real = claims.scores_buffer_bytes
+    monkeypatch.setattr(claims, "scores_buffer_bytes", lambda n, **k: real(n, **k) + 1)
+    assert not any(row.agrees for row in cells("C12").values())
+    assert not any(row.agrees for row in cells("C15").values())
+
+
+# -- looking things up, and the page ---------------------------------------------------------------
+
+
+def test_claims_are_found_by_short_names():
+    assert claim("c3") is claim("C03") is claim("3")
+    with pytest.raises(ArgumentError, match="C23"):
+        claim("C99")
+
+
+def test_the_page_shows_every_claim_and_every_cell():
+    page = as_markdown()
+    for name, item in CLAIMS.items():
+        assert page.count(f"| {name} |") == 1
+        assert item.verdict in page
+    rows = sum(len(t.rows) for t in comparisons())
+    assert page.count("| ✓ |") + page.count("| ✗ |") == rows
+    # Tables stay tables: the same number of cells in every row of a table.
+    for block in re.findall(r"(?:^\|.*\n)+", page, re.M):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(widths) == 1, block
+    assert page.count("````") == 2 * page.count("````{dropdown}")
+
+
+def test_the_page_links_only_to_chapters_that_the_book_has():
+    page = as_markdown(pages=["notebooks/01_standard_attention"])
+    assert "{doc}`01 </notebooks/01_standard_attention>`" in page
+    assert "02_what_grows" not in page and "| 02 |" in page
+
+
+def test_comparisons_show_as_text_and_html():
+    table = comparisons("C12")[0]
+    assert "0.25 MB" in str(table) and "256 KiB" in str(table)
+    markup = table._repr_html_()
+    assert markup.count("<tr>") == len(table.rows) + 1 and "<caption>C12" in markup
+
+
+def test_claims_need_no_torch():
+    code = (
+        "import sys; from labkit import claims; claims.as_markdown(); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
