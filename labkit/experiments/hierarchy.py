@@ -227,7 +227,7 @@ def _copy(result: Result, quick: bool) -> None:
             rows.append(row)
     result.rows += rows
     l2 = _l2_bytes()
-    for who, suffix in (("ours", ""), ("torch", "_torch")):
+    for who, suffix in (("torch", ""), ("ours", "_ours")):
         mine = [row for row in rows if row["by"] == who]
         large = [row for row in mine if row["bytes"] >= 8 * l2]
         small = [row for row in mine if row["bytes"] <= l2]
