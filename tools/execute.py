@@ -42,6 +42,7 @@ METADATA = {
         "pygments_lexer": "ipython3",
     },
 }
+WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 #: what a cell may say about itself
 KEPT = ("tags", "mystnb")
 
@@ -66,7 +67,16 @@ def normalise(notebook: NotebookNode, name: str) -> NotebookNode:
         taken.add(cell.id)
         if cell.cell_type == "code":
             cell.outputs = _merged(cell.outputs)
+            for output in cell.outputs:
+                _drop_dead_widget(output)
     return notebook
+
+
+def _drop_dead_widget(output: NotebookNode) -> None:
+    """The controls die with the kernel; what a page shows is the figure stored beside them."""
+    data = output.get("data", {})
+    if len(data) > 1:
+        data.pop(WIDGET_MIME, None)
 
 
 def _merged(outputs: Iterable[NotebookNode]) -> list[NotebookNode]:

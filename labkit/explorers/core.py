@@ -112,7 +112,7 @@ class Explorer:
     spec : the description that ``model.py``, ``scene.py`` and ``runtime.js`` read:
 
         ``title`` and ``about`` : text;
-        ``controls`` : what the reader moves;
+        ``controls`` : what the reader moves (none: a figure without script);
         ``constants`` : sizes that nothing moves;
         ``forms`` : closed forms by name (a Form, or its JSON);
         ``quantities`` : expressions by name;
@@ -245,25 +245,29 @@ class Explorer:
             + "</tr>"
             for row in rows
         )
+        inputs = script = still = ""
+        if spec["controls"]:
+            inputs = (
+                f'<form class="lkx-controls" hidden>{controls}'
+                '<button type="button" class="lkx-reset">Reset</button></form>'
+                '<p class="lkx-error" role="alert"></p>'
+            )
+            # not <noscript>: a notebook that is not trusted has scripts, but not this one
+            still = (
+                '<p class="lkx-still">This figure has inputs when scripts may run (JavaScript on, '
+                "notebook trusted). What you see is its first state.</p>"
+            )
+            script = f"<script>({_asset('runtime.js')})({json.dumps(key)},{self._json()})</script>"
         return (
             f'<div class="lkx" data-lkx="{key}" data-lm-suppress-shortcuts="true">'
             f"<style>{_asset('style.css')}</style>"
             f'<figure role="group" aria-label="{escape(spec["title"])}">'
             f"<figcaption><strong>{escape(spec['title'])}</strong> "
             f"<span>{escape(spec['about'])}</span></figcaption>"
-            f'<form class="lkx-controls" hidden>{controls}'
-            '<button type="button" class="lkx-reset">Reset</button></form>'
-            '<p class="lkx-error" role="alert"></p>'
-            f'<div class="lkx-figure">{figures}</div>'
+            f'{inputs}<div class="lkx-figure">{figures}</div>'
             f'<p class="lkx-summary" aria-live="polite">{escape(self.summary())}</p>'
             f'<div class="lkx-scroll"><table class="lkx-table"><thead><tr>{cells}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>"
-            # not <noscript>: a notebook that is not trusted has scripts, but not this one
-            '<p class="lkx-still">This figure has inputs when scripts may run (JavaScript on, '
-            "notebook trusted). What you see is its first state.</p>"
-            "</figure>"
-            f"<script>({_asset('runtime.js')})({json.dumps(key)},{self._json()})</script>"
-            "</div>"
+            f"<tbody>{body}</tbody></table></div>{still}</figure>{script}</div>"
         )
 
     def __str__(self) -> str:
