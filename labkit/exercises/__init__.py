@@ -1,17 +1,13 @@
-"""Exercises that check themselves: one module per chapter, one grader per exercise.
+"""Checks for the exercises at the end of each chapter.
 
-A grader takes the reader's answer, a value or a function, and does one of three things:
+Each module ``chNN`` holds one grader per exercise.  A grader takes the reader's answer, a
+value or a function, and either prints why it is right or raises :class:`ExerciseFailed` with
+a message that says what went wrong and where to look.  An answer that was not given yet
+(``...``, ``None``, a function that returns nothing) is told so and raises nothing, so that a
+notebook with unanswered exercises still runs from top to bottom.
 
-* prints ``✓ …`` and what was tried, when the answer holds;
-* raises :class:`ExerciseFailed` with a message that says what was expected of which input
-  and, where it can tell, which mistake gives the value it got;
-* prints ``Not answered yet: …`` while the answer is still ``...``, so that a notebook with
-  untouched skeletons runs from top to bottom.
-
-Each grader is itself tested with a table of wrong answers that it must reject
-(``tests/test_exercises_*.py``).
-
-Imports: nothing of labkit here; the chapters' modules load what they grade with.
+A grader is only as good as the wrong answers that it turns away: ``tests/test_exercises_*.py``
+feeds each one a list of plausible mistakes.
 """
 
 from __future__ import annotations
@@ -21,74 +17,77 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-__all__ = ["ExerciseFailed", "ask", "ch01", "ch02", "ch03", "ch04", "ch05", "expect", "grader"]
+from labkit.errors import LabError
 
-_CHAPTERS = ("ch01", "ch02", "ch03", "ch04", "ch05")
+__all__ = ["ExerciseFailed", "Unanswered", "call", "exercise", "expect", "expect_number"]
+
+_CHAPTERS = frozenset({"ch01", "ch02", "ch03", "ch04", "ch05"})
+
+
+class ExerciseFailed(LabError, AssertionError):
+    """An answer that is wrong; the message says why."""
+
+
+class Unanswered(Exception):
+    """The reader has not written an answer yet."""
 
 
 def __getattr__(name: str):
+    # graders load torch when they need it; ``labkit.exercises.ch01`` works without an import
     if name in _CHAPTERS:
         return import_module(f"labkit.exercises.{name}")
     raise AttributeError(f"module 'labkit.exercises' has no attribute {name!r}")
 
 
-class ExerciseFailed(AssertionError):
-    """The answer does not hold; the message says what to look at."""
+def exercise(title: str) -> Callable[[Callable[[Any], str]], Callable[[Any], None]]:
+    """Make a grader out of a function that takes the answer and returns the praise.
 
-    def _render_traceback_(self) -> list[str]:
-        # What IPython prints: the message, not the grader's frames.
-        return [f"✗ {self}"]
-
-
-class _NotAnswered(Exception):
-    pass
-
-
-def grader(check: Callable[..., str]) -> Callable[..., None]:
-    """Make a grader of a function that returns what to print after the ✓ or raises.
-
-    The first line of its docstring names the exercise.
+    The grader prints ``Not answered yet`` for a missing answer and ``✓ title: praise`` for a
+    right one; ExerciseFailed passes through.
     """
 
-    @functools.wraps(check)
-    def graded(*answers: Any, **named: Any) -> None:
-        title = (check.__doc__ or check.__name__).strip().splitlines()[0].rstrip(".")
-        try:
-            if any(a is ... or a is None for a in (*answers, *named.values())):
-                raise _NotAnswered
-            verdict = check(*answers, **named)
-        except _NotAnswered:
-            print(f"Not answered yet: {title}.")
-            return
-        print(f"✓ {title}. {verdict}")
+    def wrap(check: Callable[[Any], str]) -> Callable[[Any], None]:
+        @functools.wraps(check)
+        def grader(answer: Any) -> None:
+            try:
+                if answer is ... or answer is None:
+                    raise Unanswered
+                praise = check(answer)
+            except Unanswered:
+                print(f"Not answered yet: {title}.")
+            else:
+                print(f"✓ {title}: {praise}")
 
-    return graded
+        return grader
+
+    return wrap
 
 
-def ask(answer: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call the reader's function; ``...``, None or NotImplementedError mean "not answered yet".
+def call(answer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the reader's function; an exception in it becomes a message.
 
     Raises
     ------
+    Unanswered
+        if it returns None or ``...`` or raises NotImplementedError: a skeleton.
     ExerciseFailed
-        if the answer is not a function, or raises when called.
+        if it is not a function or raises anything else.
     """
     if not callable(answer):
-        raise ExerciseFailed(f"Pass your function itself, not {answer!r}.")
+        raise ExerciseFailed(f"Pass the function itself, not {answer!r}.")
     try:
-        result = answer(*args, **kwargs)
+        value = answer(*args, **kwargs)
     except NotImplementedError:
-        raise _NotAnswered from None
-    except ExerciseFailed:
-        raise
+        raise Unanswered from None
     except Exception as error:
-        shown = ", ".join([*map(_short, args), *(f"{k}={_short(v)}" for k, v in kwargs.items())])
+        shown = ", ".join(
+            [_short(a) for a in args] + [f"{name}={_short(a)}" for name, a in kwargs.items()]
+        )
         name = getattr(answer, "__name__", "your function")
         raise ExerciseFailed(f"{name}({shown}) raised {type(error).__name__}: {error}") from error
-    items = result if isinstance(result, tuple) else (result,)
-    if any(item is ... or item is None for item in items):
-        raise _NotAnswered
-    return result
+    if value is None or value is ...:
+        raise Unanswered
+    return value
 
 
 def expect(condition: Any, message: str) -> None:
@@ -97,6 +96,16 @@ def expect(condition: Any, message: str) -> None:
         raise ExerciseFailed(message)
 
 
+def expect_number(value: Any, what: str) -> float:
+    """``value`` as a float; ExerciseFailed if it is no real number."""
+    if isinstance(value, (bool, str)):
+        raise ExerciseFailed(f"{what} should be a number, not {value!r}.")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ExerciseFailed(f"{what} should be a number, not {type(value).__name__}.") from None
+
+
 def _short(value: Any) -> str:
     shape = getattr(value, "shape", None)
-    return f"<{list(shape)}>" if shape is not None else repr(value)
+    return f"tensor{list(shape)}" if shape is not None and len(shape) else repr(value)
