@@ -1164,7 +1164,7 @@ def _fused_flow(ax: Axes, t: Theme) -> None:
 # -- the roofline (chapter 04) ---------------------------------------------------------
 
 
-def _rate_axis(ax: Axes, which: str, label: str) -> None:
+def _roof_axis(ax: Axes, which: str, label: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis = ax.xaxis if which == "x" else ax.yaxis
@@ -1213,8 +1213,8 @@ def roofline(
         ax.plot(xs, ys, color=colour, linewidth=1, marker="osD^vPX"[index % 7], zorder=3)
         last = max(members, key=lambda p: p.intensity)
         labels.append((last.intensity, last.rate, name, colour))
-    _rate_axis(ax, "x", "arithmetic intensity (FLOP/byte)")
-    _rate_axis(ax, "y", "rate (FLOP/s)")
+    _roof_axis(ax, "x", "arithmetic intensity (FLOP/byte)")
+    _roof_axis(ax, "y", "rate (FLOP/s)")
     ax.set_xlim(low, high)
     end_labels(ax, labels, room=0.26, size=8.5)
     if title:
@@ -1268,7 +1268,7 @@ def intensity_limits(
             color=t.muted,
         )
     size_axis(ax, "x", label="seq_len")
-    _rate_axis(ax, "y", "intensity (FLOP/byte)")
+    _roof_axis(ax, "y", "intensity (FLOP/byte)")
     end_labels(ax, labels, room=0.22)
     names = ", ".join(label for label, _, _ in curves)
     against = f" Horizontal lines: the ridges of {', '.join(ridges)}." if ridges else ""
