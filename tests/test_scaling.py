@@ -100,7 +100,9 @@ def test_memory_grows_with_the_exponents_of_the_closed_form(quick):
 def test_every_peak_was_predicted(quick):
     rows = [row for row in quick.rows if row["sweep"] in scaling.KNOBS]
     assert len(rows) >= 16
-    assert all(row["measured_bytes"] == row["predicted_bytes"] for row in rows)
+    assert all(row["traced_bytes"] == row["predicted_bytes"] for row in rows)
+    # beyond that, a CPU holds the Python number that scales S: torch wraps it in a tensor
+    assert {row["measured_bytes"] - row["predicted_bytes"] for row in rows} == {12}
 
 
 def test_time_grows_more_with_seq_len_than_with_batch(quick):

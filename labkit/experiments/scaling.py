@@ -182,12 +182,12 @@ def _plan(device: str, quick: bool) -> dict[str, Any]:
             "head_dim": {"batch": 1, "heads": 4, "seq_len": 512},
         },
         "values": {
-            "seq_len": [2**i for i in range(6, top + 1)],
+            "seq_len": [2**i for i in range(7, top + 1)],
             "batch": [1, 2, 4, 8],
             "heads": [1, 2, 4, 8],
             "head_dim": [16, 32, 64, 128],
         },
-        "one_head": [2**i for i in range(3, top + 1)],
+        "one_head": [2**i for i in range(4, top + 1)],
         "full": None,
     }
 
@@ -297,9 +297,9 @@ def run(*, quick: bool, device: str | None = None, progress: Progress | None = N
     -------
     Result
         Rows have ``sweep`` (a knob, ``"one_head"`` or ``"full"``), the four sizes, ``dtype``,
-        and ``samples_ms``; sweeps of a knob also ``predicted_bytes`` and ``measured_bytes``
-        (peak beyond the inputs); ``one_head`` rows also ``how``: "eager" (each call on an idle
-        GPU), "queued" (launches hidden) or "graph".
+        and ``samples_ms``; sweeps of a knob also ``predicted_bytes``, ``traced_bytes`` and
+        ``measured_bytes`` (peak beyond the inputs); ``one_head`` rows also ``how``: "eager" (each
+        call on an idle GPU), "queued" (launches hidden) or "graph".
     """
     import torch
 
@@ -365,8 +365,10 @@ def _point(sweep: str, sizes: dict[str, int], dtype: str, device: str, quick: bo
     )
     row = {"sweep": sweep, **sizes, "dtype": dtype, **timing.to_dict()}
     if sweep in KNOBS:
-        report = measure(naive_attention, q, k, v)
-        row["predicted_bytes"] = attention_peak(**sizes, dtype=dtype, device=device)
+        predicted = attention_peak(**sizes, dtype=dtype, device=device)
+        report = measure(naive_attention, q, k, v, predicted=predicted)
+        row["predicted_bytes"] = predicted
+        row["traced_bytes"] = report.traced
         row["measured_bytes"] = report.measured
         row["memory_method"] = report.method
     if error := _error(naive_attention, q, k, v):
