@@ -1,246 +1,152 @@
-"""Exercises of chapter 01: what does attention write to memory?"""
+"""Exercises of chapter 01 (what attention writes)."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
 from typing import Any
 
-from labkit.exercises import ask, expect, grader
+from labkit.exercises import call, exercise, expect, expect_number
 
-__all__ = ["SNIPPETS", "crossover", "peaks", "scores_bytes", "show_snippets", "three_steps"]
+__all__ = ["attention", "crossover", "peak", "scores_bytes"]
 
 
-@grader
-def scores_bytes(answer: Callable[[int, int, int, int], int]) -> str:
-    """Bytes of S.
-
-    ``answer(batch, heads, seq_len, bytes_per_element)`` returns the bytes of S.
-    """
-    cases = [(1, 1, 512, 4), (1, 12, 2048, 2), (8, 12, 4096, 2), (3, 5, 7, 4)]
-    for batch, heads, n, e in cases:
-        right = batch * heads * n * n * e
-        got = ask(answer, batch, heads, n, e)
-        slips = {
-            batch
-            * heads
-            * n
-            * e: "S has one row per query and one column per key: N appears twice",
-            batch * n * n * e: "each head has its own S",
-            heads * n * n * e: "each element of the batch has its own S",
-            n * n * e: "each head of each batch element has its own S",
-            batch * heads * n * n: "that counts elements: multiply by the bytes of one",
-            2 * right: "that is S and P together",
-            8 * right: "that is in bits",
+@exercise("Bytes of the scores")
+def scores_bytes(answer: Any) -> str:
+    """Grade ``scores_bytes(batch, heads, seq_len_q, seq_len_k, itemsize)``."""
+    for batch, heads, rows, columns, size in ((1, 1, 512, 512, 4), (2, 12, 7, 1000, 2)):
+        got = expect_number(call(answer, batch, heads, rows, columns, size), "The result")
+        right = batch * heads * rows * columns * size
+        where = f"for batch={batch}, heads={heads}, {rows} queries, {columns} keys, {size} bytes"
+        mistakes = {
+            2 * right: "That is S and P together; the question asks for S alone.",
+            right / size: "That is the number of elements. How many bytes does each take?",
+            batch * heads * rows**2 * size: "S has one column per key, not per query.",
+            batch * heads * columns**2 * size: "S has one row per query, not per key.",
+            rows * columns * size: "That is one head of one batch element.",
+            heads * rows * columns * size: "Each batch element has its own S.",
+            batch * rows * columns * size: "Each head has its own S.",
         }
-        why = next((text for value, text in slips.items() if got == value and got != right), "")
+        hint = mistakes.get(got, "Count rows, columns, heads and batch elements.")
+        expect(got == right, f"{where} you return {got:,.0f} bytes. {hint}")
+    return "one row per query, one column per key, for each head and batch element."
+
+
+@exercise("The crossover")
+def crossover(answer: Any) -> str:
+    """Grade ``crossover(head_dim, heads, kv_heads)``."""
+    for head_dim, heads, kv_heads in ((64, 12, 12), (128, 32, 8), (80, 32, 1), (1, 3, 1)):
+        got = expect_number(call(answer, head_dim, heads, kv_heads), "The result")
+        where = f"for head_dim={head_dim}, heads={heads}, kv_heads={kv_heads}"
+        expect(got == int(got), f"{where} you return {got}. A seq_len is a whole number: round up.")
+
+        def outweighs(n: int, d: int = head_dim, h: int = heads, hkv: int = kv_heads) -> bool:
+            return 2 * h * n * n >= (2 * h + 2 * hkv) * n * d
+
+        n = int(got)
         expect(
-            got == right,
-            f"batch {batch}, {heads} heads, seq_len {n}, {e} bytes per element: S has {right:,} "
-            f"bytes, you say {got!r}." + (f" Hint: {why}." if why else ""),
+            n >= 1 and outweighs(n),
+            f"{where} you return {n}, but there S and P are still smaller than Q, K, V and O.",
         )
-    return f"{len(cases)} problems, exact to the byte."
+        expect(
+            n == 1 or not outweighs(n - 1),
+            f"{where} you return {n}, but at {n - 1} S and P outweigh the rest already. "
+            "Do K and V have as many heads as Q?",
+        )
+    return "N = d (H + Hkv) / H, rounded up; the dtype and the batch cancel."
 
 
-@grader
-def crossover(answer: Callable[[int], float]) -> str:
-    """The length at which the scores outweigh everything else.
+@exercise("Attention in three steps")
+def attention(answer: Any) -> str:
+    """Grade ``causal_attention_steps(q, k, v)`` returning O and P, in float64."""
+    import torch
 
-    ``answer(head_dim)`` returns the seq_len at which S and P together have as many bytes as
-    Q, K, V and O together.
-    """
-    slips = {
-        1.0: "that is where S alone has as many as Q and O, one of the two pairs",
-        4.0: "that compares S alone with all four of Q, K, V, O",
-        0.5: "solve 2·N² = 4·N·d for N",
+    generator = torch.Generator().manual_seed(7)
+
+    def random(*shape: int) -> Any:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    for batch, heads, nq, nk, d in ((1, 1, 4, 4, 3), (2, 3, 5, 9, 8), (1, 2, 1, 6, 4)):
+        q = random(batch, heads, nq, d)
+        k, v = random(batch, heads, nk, d), random(batch, heads, nk, d)
+        keep = [x.clone() for x in (q, k, v)]
+        got = call(answer, q, k, v)
+        expect(
+            isinstance(got, (tuple, list)) and len(got) == 2,
+            "Return two tensors: O and P, in this order.",
+        )
+        out, prob = got
+        where = f"for {nq} queries and {nk} keys"
+        shapes = {"O": (out, (batch, heads, nq, d)), "P": (prob, (batch, heads, nq, nk))}
+        for name, (tensor, shape) in shapes.items():
+            actual = tuple(getattr(tensor, "shape", ()))
+            expect(actual == shape, f"{where} {name} has shape {actual}, should be {shape}.")
+        expect(
+            all(torch.equal(a, b) for a, b in zip(keep, (q, k, v), strict=True)),
+            "Your function changes its inputs. Work on new tensors.",
+        )
+        expect(not torch.isnan(prob).any(), f"{where} P holds NaN. Is a whole row masked?")
+
+        # the oracle: one query at a time, over the keys that it may see, no mask at all
+        for b in range(batch):
+            for h in range(heads):
+                for i in range(nq):
+                    seen = i + nk - nq + 1
+                    row, name = prob[b, h, i], f"row {i} of P ({where})"
+                    hidden = row[seen:]
+                    expect(
+                        not hidden.any(),
+                        f"{name} gives weight to keys that query {i} may not see: "
+                        f"key {seen} and later. The last query sees all {nk} keys.",
+                    )
+                    expect(
+                        math.isclose(float(row.sum()), 1, abs_tol=1e-12),
+                        f"{name} sums to {float(row.sum()):.6f}, not 1. "
+                        "Does the softmax run over the keys, after the mask?",
+                    )
+                    logits = k[b, h, :seen] @ q[b, h, i]
+                    weight = torch.exp((logits - logits.max()) / math.sqrt(d))
+                    weight = weight / weight.sum()
+                    expect(
+                        torch.allclose(row[:seen], weight, rtol=0, atol=1e-12),
+                        f"{name} sums to 1 but has the wrong weights. "
+                        f"Are the scores divided by √d = {math.sqrt(d):.3f}?",
+                    )
+                    expect(
+                        torch.allclose(out[b, h, i], weight @ v[b, h, :seen], rtol=0, atol=1e-12),
+                        f"row {i} of O ({where}) is not the average of V that P asks for.",
+                    )
+    return "equal to one query at a time, to float64's last digits."
+
+
+#: the function of the exercise, as the chapter prints it
+def _five_lines(q: Any, k: Any, v: Any) -> Any:
+    import torch
+
+    d = q.shape[-1]
+    s = q @ k.transpose(-1, -2)
+    s = s / d**0.5
+    s = s - s.amax(-1, keepdim=True)
+    e = torch.exp(s)
+    p = e / e.sum(-1, keepdim=True)
+    return p @ v
+
+
+@exercise("Read the peak off the code")
+def peak(answer: Any) -> str:
+    """Grade the peak of the printed function in units of S; the key is traced, not typed."""
+    import torch
+
+    from labkit.memory import scores_buffer_bytes, trace
+
+    got = expect_number(answer, "The peak")
+    n, d = 2048, 1
+    unit = scores_buffer_bytes(n, dtype="float32")
+    right = round(trace(_five_lines, *(torch.empty(1, 1, n, d) for _ in range(3))).peak / unit)
+    hints = {
+        right - 1: "While p is written, is only e still alive?",
+        right + 1: "An assignment to s frees the tensor that s named before.",
+        right + 2: "That counts every tensor ever made. Most are dead before p is written.",
     }
-    for d in (32, 64, 80, 128):
-        got = ask(answer, d)
-        try:
-            ratio = float(got) / d
-        except (TypeError, ValueError):
-            ratio = math.nan
-        n, quads, squares = 2 * d, 4 * 2 * d * d, 2 * (2 * d) ** 2
-        why = slips.get(ratio, "")
-        expect(
-            ratio == 2.0,
-            f"head_dim {d}: you say {got!r}. At the length asked for, 4·N·d and 2·N² are equal."
-            + (f" Hint: {why}." if why else ""),
-        )
-        assert quads == squares and n
-    return "It is independent of batch, heads and dtype: all of them cancel."
-
-
-@grader
-def three_steps(answer: Callable[..., Any]) -> str:
-    """Attention in three steps.
-
-    ``answer(q, k, v, causal)`` returns ``(S, P, O)`` for q ``[batch, heads, n_q, d]``,
-    k ``[batch, heads, n_k, d]``, v ``[batch, heads, n_k, d_v]``.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    sizes = [(5, 5, 4, 4), (3, 7, 4, 6), (1, 6, 16, 2), (6, 4, 3, 5)]
-    for n_q, n_k, d, d_v in sizes:
-        for causal in (False, True) if n_q <= n_k else (False,):
-            q, k, v = draw(2, 3, n_q, d), draw(2, 3, n_k, d), draw(2, 3, n_k, d_v)
-            result = ask(answer, q.clone(), k.clone(), v.clone(), causal)
-            expect(
-                isinstance(result, tuple) and len(result) == 3,
-                "Return the three tensors: return S, P, O.",
-            )
-            _check_steps(torch, q, k, v, causal, *result)
-    return f"{len(sizes)} shapes, square and not, causal and not, against float64."
-
-
-def _check_steps(torch, q, k, v, causal, s, p, o) -> None:
-    n_q, n_k, d = q.shape[2], k.shape[2], q.shape[3]
-    where = f"n_q = {n_q}, n_k = {n_k}, d = {d}, causal = {causal}: "
-
-    def same(a, b) -> bool:
-        return a.shape == b.shape and torch.allclose(a.double(), b, rtol=0, atol=1e-8)
-
-    for name, tensor in (("S", s), ("P", p), ("O", o)):
-        expect(isinstance(tensor, torch.Tensor), f"{where}{name} is not a tensor.")
-    raw = q @ k.transpose(-2, -1)
-    scores = raw / math.sqrt(d)
-    i, j = torch.arange(n_q)[:, None], torch.arange(n_k)[None, :]
-    seen = j <= i + (n_k - n_q) if causal else torch.ones(n_q, n_k, dtype=torch.bool)
-    infinity = torch.tensor(-math.inf, dtype=torch.float64)
-    right = torch.softmax(torch.where(seen, scores, infinity), dim=-1)
-
-    # -- S: scores that are not hidden; a wrong mask shows in P, below
-    expect(
-        s.shape == raw.shape,
-        f"{where}S has shape {list(s.shape)}; one row per query and one column per key is "
-        f"{list(raw.shape)}.",
-    )
-    seen4 = seen.expand_as(raw) & ~torch.isneginf(s)
-    expect(
-        not same(s[seen4], raw[seen4]) or d == 1,
-        f"{where}S is QKᵀ without its scale: multiply by 1/√d.",
-    )
-    expect(
-        not same(s[seen4], (raw / d)[seen4]) or d == 1,
-        f"{where}S is divided by d; the scale is 1/√d.",
-    )
-    expect(
-        same(s[seen4], scores[seen4]),
-        f"{where}S is not QKᵀ/√d (√d with d = head_dim of q, here {math.sqrt(d):.3g}).",
-    )
-
-    # -- P
-    expect(p.shape == raw.shape, f"{where}P has shape {list(p.shape)}, not {list(raw.shape)}.")
-    if not same(p, right):
-        ones = torch.ones(1, dtype=torch.float64)
-        columns, rows = p.sum(-2), p.sum(-1)
-        expect(
-            same(rows, ones.expand(rows.shape)) or not same(columns, ones.expand(columns.shape)),
-            f"{where}the columns of P sum to 1: the softmax runs over the keys, dim=-1.",
-        )
-        if causal:
-            top_left = torch.where(j <= i, scores, infinity)
-            expect(
-                not same(p, torch.softmax(scores, dim=-1)),
-                f"{where}P looks at every key: hide the scores with j > i + n_k − n_q.",
-            )
-            expect(
-                not same(p, torch.softmax(top_left, dim=-1)),
-                f"{where}the mask is aligned to the top left. The last query sees every key: "
-                "query i sees key j when j ≤ i + n_k − n_q.",
-            )
-            expect(
-                not same(p, torch.where(seen, torch.softmax(scores, -1), 0 * infinity.exp())),
-                f"{where}the mask came after the softmax: rows no longer sum to 1. Hide scores, "
-                "not probabilities.",
-            )
-            expect(
-                not same(p, torch.softmax(torch.where(seen, scores, 0 * scores), -1)),
-                f"{where}a hidden score of 0 still counts, exp(0) = 1. Use −∞.",
-            )
-        expect(
-            same(rows, ones.expand(rows.shape)),
-            f"{where}a row of P sums to {rows.flatten()[0].item():.4g}, not 1.",
-        )
-        expect(False, f"{where}P is not the softmax of S along each row.")
-
-    # -- O
-    out = right @ v
-    expect(
-        o.shape == out.shape,
-        f"{where}O has shape {list(o.shape)}; one row per query, one column per column of V "
-        f"is {list(out.shape)}.",
-    )
-    expect(same(o, out), f"{where}S and P are right, O is not PV.")
-
-
-# -- the peaks of three functions ----------------------------------------------
-
-
-def _a(q, k, v):
-    import torch
-
-    S = q @ k.mT * q.shape[-1] ** -0.5
-    P = torch.softmax(S, dim=-1)
-    return P @ v
-
-
-def _b(q, k, v):
-    import torch
-
-    raw = q @ k.mT
-    S = raw * q.shape[-1] ** -0.5
-    P = torch.softmax(S, dim=-1)
-    return P @ v
-
-
-def _c(q, k, v):
-    S = q @ k.mT
-    S *= q.shape[-1] ** -0.5
-    S -= S.amax(dim=-1, keepdim=True)
-    S.exp_()
-    S /= S.sum(dim=-1, keepdim=True)
-    return S @ v
-
-
-#: three ways to write attention, by letter
-SNIPPETS: dict[str, Callable] = {"a": _a, "b": _b, "c": _c}
-
-
-def show_snippets() -> None:
-    """Print the source of the three functions of the exercise."""
-    texts = [inspect.getsource(fn).replace("    import torch\n\n", "") for fn in SNIPPETS.values()]
-    print("\n\n".join(text.replace("def _", "def ").strip() for text in texts))
-
-
-@grader
-def peaks(a: float, b: float, c: float) -> str:
-    """Peaks by reading.
-
-    The peak of each of the three functions without gradients, in whole units of the bytes of
-    S (tensors of N×d and N elements neglected).  Graded by tracing the functions.
-    """
-    import torch
-
-    from labkit.memory import trace
-
-    n, d = 1024, 8
-    inputs = [torch.empty(1, 1, n, d, device="meta") for _ in range(3)]
-    unit = n * n * 4
-    for name, said in (("a", a), ("b", b), ("c", c)):
-        traced = trace(SNIPPETS[name], *inputs)
-        right = round(traced.peak / unit)
-        squares = [e for e in traced.alive_at_peak() if e.bytes == unit]
-        alive = ", ".join(f"the result of {e.op.strip('_')}" for e in squares)
-        why = (
-            f" At its peak these N×N tensors are alive: {alive}. A tensor lives as long as a "
-            "name or a pending expression holds it."
-        )
-        expect(said == right, f"{name}: you say {said!r}." + why)
-    return "The tracer counts the same N×N tensors alive."
+    hint = hints.get(got, "Go line by line: which names are bound?")
+    expect(got == right, f"Not {got:g}. {hint}")
+    return "s, e and p are alive while p is written."
