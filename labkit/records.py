@@ -547,8 +547,9 @@ def new_record(
     """
     commit, dirty = _commit()
     if command is None:
-        arguments = [Path(sys.argv[0]).name or "python", *sys.argv[1:]]
-        command = shlex.join(arguments)
+        # As typed, without the folders of this machine.
+        typed = [Path(word).name if os.path.isabs(word) else word for word in sys.orig_argv[1:]]
+        command = shlex.join(["python", *typed])
     record = Record(
         experiment=experiment,
         machine=environment(),

@@ -78,6 +78,12 @@ def test_a_new_record_says_where_and_how_it_was_made():
         assert isinstance(record.dirty, bool)
 
 
+def test_the_command_is_what_was_typed_without_the_folders_of_a_machine(monkeypatch):
+    typed = ["/opt/venv/bin/python3.12", "-m", "labkit", "record", "scaling", "/home/me/x.py"]
+    monkeypatch.setattr(sys, "orig_argv", typed)
+    assert records.new_record("demo", {}).command == "python -m labkit record scaling x.py"
+
+
 def test_without_git_the_commit_is_the_one_told_or_unknown(monkeypatch):
     monkeypatch.setattr(records, "_run", lambda *a, **k: None)
     monkeypatch.delenv("LABKIT_COMMIT", raising=False)

@@ -46,8 +46,9 @@ def test_a_constant_cost_bends_the_small_end_only():
     local = scaling.doublings(x, y)
     assert local == sorted(local) and local[0] < 0.02 and local[-1] > 1.99
     assert scaling.fit_power(x, y).exponent > 1.9 > scaling.fit_power(x, y, last=8).exponent
-    # 1.25 · 10 µs is reached at N = √(2.5e-6 / 1e-10) = 158
+    # 1.5 times its least is reached at N = √(5e-6 / 1e-10) = 224
     assert scaling.flat_until(x, y) == 128
+    assert scaling.flat_until(x, y, tolerance=2.0) == 256
 
 
 def test_flat_until_stops_at_the_first_rise():
@@ -88,7 +89,8 @@ def test_the_three_lines_are_attention():
 def test_attention_in_three_lines_is_four_operators_at_any_length():
     for n in (8, 64):
         q, k, v = (torch.randn(1, 1, n, 16) for _ in range(3))
-        assert scaling.kernel_count(lambda: scaling.three_lines(q, k, v), "cpu") == 4  # noqa: B023
+        names = scaling.kernels(lambda: scaling.three_lines(q, k, v), "cpu")  # noqa: B023
+        assert names == ["bmm", "mul", "_softmax", "bmm"]
 
 
 def test_memory_grows_with_the_exponents_of_the_closed_form(quick):
@@ -144,7 +146,7 @@ def test_a_graph_replays_what_was_captured():
     q.copy_(torch.randn_like(q))
     replay()
     torch.testing.assert_close(out["O"], scaling.three_lines(q, k, v))
-    assert scaling.kernel_count(fn, "cuda") >= 4
+    assert len(scaling.kernels(fn, "cuda")) >= 4
 
 
 @pytest.mark.gpu
@@ -152,7 +154,7 @@ def test_a_gpu_hides_the_square_at_the_small_end():
     result = experiments.run("scaling", quick=True, device="cuda")
     assert result.value("launch.flat_until") >= 128
     assert result.value("launch.eager_over_graph") > 1.5
-    assert result.value("launch.kernels") == 4
+    assert 4 <= result.value("launch.kernels") <= 8
 
 
 # -- the committed record ------------------------------------------------------------
@@ -170,10 +172,10 @@ def test_on_the_h200_the_exponents_are_those_of_the_model():
     assert record.value("memory_exponent.head_dim") == pytest.approx(0, abs=0.01)
     assert 1.8 < record.value("time_exponent.seq_len") < 2.2
     for knob in ("batch", "heads"):
-        assert 0.85 < record.value(f"time_exponent.{knob}") < 1.1
+        assert 0.8 < record.value(f"time_exponent.{knob}") < 1.1
 
 
 def test_on_the_h200_one_head_is_launch_bound_and_a_full_device_is_not():
     record = recorded()
-    assert record.value("ratio.one_head.2048") < 16 < record.value("ratio.full.2048")
+    assert record.value("ratio.one_head.2048") < 4 < 40 < record.value("ratio.full.2048")
     assert record.value("launch.eager_over_graph") > 2
