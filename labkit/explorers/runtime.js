@@ -261,11 +261,10 @@ const figures = {
     shapes.push(["path", path([[left, top], [left, bottom], [right, bottom]]), "axis"]);
     shapes.push(["text", 2, font * 1.1, m.text(figure.y.label), "label", "start"]);
     shapes.push(["text", right, box.h - font * 0.5, m.text(figure.x.label), "label", "end"]);
-    for (const mark of figure.marks) {
-      if ("if" in mark && !m.value(mark.if)) continue;
-      shapes.push(...marks[mark.mark](m, mark, x, y, font));
-    }
-    return shapes;
+    const marked = figure.marks.filter(mark => !("if" in mark) || m.value(mark.if))
+      .flatMap(mark => marks[mark.mark](m, mark, x, y, font));
+    const line = shape => shape[0] === "path";
+    return [...shapes, ...marked.filter(line), ...marked.filter(shape => !line(shape))];
   },
   doubling(m, figure, layout) {
     const box = spec.layouts[layout], columns = figure.columns, font = box.font;

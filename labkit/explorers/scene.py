@@ -99,11 +99,13 @@ def _draw_loglog(model: Model, figure: dict[str, Any], layout: str) -> list[tupl
     shapes.append(
         ("text", right, box["h"] - font * 0.5, model.text(figure["x"]["label"]), "label", "end")
     )
+    marks: list[tuple] = []
     for mark in figure["marks"]:
         if "if" in mark and not model(mark["if"]):
             continue
-        shapes += _MARKS[mark["mark"]](model, mark, x, y, font)
-    return shapes
+        marks += _MARKS[mark["mark"]](model, mark, x, y, font)
+    # lines below, names and points above: no line strikes a name through
+    return shapes + sorted(marks, key=lambda shape: shape[0] != "path")
 
 
 def _curve(model, mark, x, y, font) -> list[tuple]:
