@@ -177,6 +177,29 @@ def test_missing_profiler_is_said_once(monkeypatch):
     assert result.notes == ["DRAM bytes not measured: Nsight Compute (ncu) is not installed."]
 
 
+def test_busy_shares_are_read_and_added(tmp_path, monkeypatch):
+    shares = {metric: ("%", str(10 * (i + 1))) for i, metric in enumerate(dram.BUSY)}
+    kernels = []
+    for name in ["gemm", "mul", "softmax", "gemm"]:
+        kernels += [(SPIN[0], shares), (name, shares)]
+    # two kernels in one step: their shares have no sum
+    kernels += [(SPIN[0], shares), ("split", shares), ("combine", shares)]
+    log = tmp_path / "log"
+    log.write_text(log_of(kernels))
+    script = (
+        f"text = open({str(log)!r}).read()\n"
+        "open(sys.argv[sys.argv.index('--log-file') + 1], 'w').write(text)"
+    )
+    monkeypatch.setattr(dram, "find_ncu", lambda: fake_ncu(tmp_path, script))
+    result = Result()
+    dram._profile(result, [PROBLEM], "busy")
+    assert result.notes == []
+    assert result.value("small_softmax_busy_dram") == pytest.approx(0.1)
+    assert result.value("small_softmax_busy_warps") == pytest.approx(0.4)
+    assert "small_fused_flash_busy_dram" not in result
+    assert len(result.select(kind="busy")) == 6 and "small_naive_busy_read" not in result
+
+
 def test_command_leaves_the_clocks_alone_and_passes_the_problems():
     command = dram.ncu_command("/x/ncu", "warm", "/tmp/log", [PROBLEM])
     assert command[:3] == ["/x/ncu", "--clock-control", "none"]
@@ -184,6 +207,8 @@ def test_command_leaves_the_clocks_alone_and_passes_the_problems():
     assert json.loads(command[-1]) == [PROBLEM]
     cold = dram.ncu_command("/x/ncu", "cold", "/tmp/log", [PROBLEM])
     assert cold[cold.index("--cache-control") + 1] == "all"
+    busy = dram.ncu_command("/x/ncu", "busy", "/tmp/log", [PROBLEM])
+    assert busy[busy.index("--metrics") + 1] == ",".join(dram.BUSY)
 
 
 def test_child_needs_a_gpu_and_says_so():

@@ -8,7 +8,8 @@ through DRAM and through the L2 cache, kernel by kernel.
 Nsight Compute reads the counters twice: with the caches emptied before each kernel (``cold``),
 which is what "each kernel reads its inputs from HBM" assumes, and as the kernel before left them
 (``warm``), which is what happens.  Bytes that a kernel wrote and that still sit in L2 when it ends
-are not yet DRAM bytes; a later kernel, or nobody, pays for them.
+are not yet DRAM bytes; a later kernel, or nobody, pays for them.  A third run (``busy``) asks which
+parts of the chip were busy meanwhile, for the kernels whose bytes do not explain their time.
 
 Without Nsight Compute, or without permission to read counters, the profiler's column stays empty
 and a note says why.
@@ -40,13 +41,28 @@ TITLE = "Bytes of S and P: held, and moved through DRAM"
 CHAPTERS = ("04",)
 NEEDS_GPU = False
 
+#: counter → name; bytes and seconds
 METRICS = {
     "dram__bytes_read.sum": "dram_read",
     "dram__bytes_write.sum": "dram_write",
     "lts__t_bytes.sum": "l2",
     "gpu__time_duration.sum": "seconds",
 }
-_CACHES = {"cold": "all", "warm": "none"}
+#: counter → name; shares of what the part could do, 0 to 1
+BUSY = {
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue",
+    "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active": "special",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "warps",
+}
+_BUSY_WORDS = {
+    "dram": "DRAM bandwidth",
+    "issue": "cycles in which a scheduler issues an instruction",
+    "special": "issue rate of the special-function pipe (XU)",
+    "warps": "warps resident",
+}
+# stage → what ncu does to the caches before a kernel, and the counters it reads
+_STAGES = {"cold": ("all", METRICS), "warm": ("none", METRICS), "busy": ("all", BUSY)}
 _TIMEOUT_S = 180
 # the profiler's own places when it is not on the PATH
 _NCU_PLACES = ("/usr/local/cuda*/bin/ncu", "/opt/nvidia/nsight-compute/*/ncu")
@@ -61,17 +77,20 @@ def run(*, quick: bool, device: str | None = None, progress: Progress | None = N
         ``rows`` of kind ``"held"`` (bytes alive at the peak), ``"moved"`` (bytes per step,
         formula and trace) and ``"kernel"`` (one per profiled kernel); ``results`` with the keys
         ``<problem>_<step>_{formula,traced,cold_read,cold_write,warm_read,warm_write,warm_l2}``
-        and ``<problem>_<method>_held_{formula,traced,measured}``, bytes.
+        and ``<problem>_<method>_held_{formula,traced,measured}``, bytes; and
+        ``large_<step>_busy_{dram,issue,special,warps}``, shares.
     """
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     problems = _problems(quick, device)
     result = Result()
-    stages = [*problems, *(_CACHES if device == "cuda" and not quick else ())]
+    stages = [*problems, *(_STAGES if device == "cuda" and not quick else ())]
     for stage in each(stages, progress, lambda s: s if isinstance(s, str) else s["name"]):
         if isinstance(stage, str):
-            _profile(result, problems, stage)
+            # more counters than fit in one pass replay each kernel: one problem is enough
+            named = [p for p in problems if stage != "busy" or p["name"] == "large"]
+            _profile(result, named, stage)
         else:
             _held(result, stage, device)
             _moved(result, stage)
@@ -283,17 +302,18 @@ def find_ncu() -> str | None:
     return None
 
 
-def ncu_command(ncu: str, caches: str, log: str, problems: list[dict[str, Any]]) -> list[str]:
-    """The command that counts bytes kernel by kernel; ``caches`` is ``"cold"`` or ``"warm"``.
+def ncu_command(ncu: str, stage: str, log: str, problems: list[dict[str, Any]]) -> list[str]:
+    """The command that counts kernel by kernel; ``stage`` is ``"cold"``, ``"warm"`` or ``"busy"``.
 
     ``--clock-control none`` leaves the card's clocks as they are.
     """
+    caches, metrics = _STAGES[stage]
     return [
         ncu,
         "--clock-control", "none",
-        "--cache-control", _CACHES[caches],
+        "--cache-control", caches,
         "--profile-from-start", "off",
-        "--metrics", ",".join(METRICS),
+        "--metrics", ",".join(metrics),
         "--csv",
         "--print-units", "base",
         "--log-file", log,
@@ -301,7 +321,7 @@ def ncu_command(ncu: str, caches: str, log: str, problems: list[dict[str, Any]])
     ]  # fmt: skip
 
 
-def _profile(result: Result, problems: list[dict[str, Any]], caches: str) -> None:
+def _profile(result: Result, problems: list[dict[str, Any]], stage: str) -> None:
     """Run the child under Nsight Compute and add its counts; on refusal, say so and go on."""
     ncu = find_ncu()
     if ncu is None:
@@ -315,7 +335,7 @@ def _profile(result: Result, problems: list[dict[str, Any]], caches: str) -> Non
         log = Path(folder) / "ncu.csv"
         try:
             done = subprocess.run(
-                ncu_command(ncu, caches, str(log), problems),
+                ncu_command(ncu, stage, str(log), problems),
                 env=environment,
                 capture_output=True,
                 text=True,
@@ -323,21 +343,24 @@ def _profile(result: Result, problems: list[dict[str, Any]], caches: str) -> Non
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            _note(result, f"DRAM bytes ({caches}) not measured: ncu did not finish ({error}).")
+            _note(result, f"Counters ({stage}) not read: ncu did not finish ({error}).")
             return
         text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     try:
-        kernels = parse_ncu(text)
+        kernels = parse_ncu(text, _STAGES[stage][1])
         groups = group_by_marker(kernels, labels(problems))
     except LabError as error:
         tail = (text + done.stdout + done.stderr).strip().splitlines()[-3:]
         said = " / ".join(line.strip() for line in tail)
-        _note(result, f"DRAM bytes ({caches}) not measured: {error} ncu said: {said}")
+        _note(result, f"Counters ({stage}) not read: {error} ncu said: {said}")
         return
     for (index, step), group in groups:
-        _add_counts(result, problems[index], step, group, caches)
-    for problem in problems:
-        _add_naive(result, problem["name"], caches)
+        if stage == "busy":
+            _add_busy(result, problems[index], step, group)
+        else:
+            _add_counts(result, problems[index], step, group, stage)
+    for problem in problems if stage != "busy" else ():
+        _add_naive(result, problem["name"], stage)
 
 
 def _note(result: Result, text: str) -> None:
@@ -346,24 +369,25 @@ def _note(result: Result, text: str) -> None:
 
 
 _SCALES = {
-    "": 1.0, "byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12,
+    "": 1.0, "%": 0.01, "byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12,
     "ns": 1e-9, "nsecond": 1e-9, "us": 1e-6, "usecond": 1e-6,
     "ms": 1e-3, "msecond": 1e-3, "s": 1.0, "second": 1.0,
 }  # fmt: skip
 
 
-def parse_ncu(text: str) -> list[dict[str, Any]]:
+def parse_ncu(text: str, metrics: dict[str, str] = METRICS) -> list[dict[str, Any]]:
     """The kernels of an Nsight Compute CSV log, in launch order.
 
     Parameters
     ----------
     text : the log: lines that begin with ``==`` and one CSV table with the columns ``ID``,
         ``Kernel Name``, ``Metric Name``, ``Metric Unit`` and ``Metric Value``.
+    metrics : counter → name in the result.
 
     Returns
     -------
     list of dict
-        ``kernel``, and the values of :data:`METRICS` in bytes and seconds.
+        ``kernel``, and the values of ``metrics`` in bytes, seconds and shares of 1.
 
     Raises
     ------
@@ -377,7 +401,7 @@ def parse_ncu(text: str) -> list[dict[str, Any]]:
     kernels: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(lines[start:]):
         kernel = kernels.setdefault(row["ID"], {"kernel": row["Kernel Name"]})
-        if (name := METRICS.get(row["Metric Name"])) is None:
+        if (name := metrics.get(row["Metric Name"])) is None:
             continue
         unit, value = row["Metric Unit"], row["Metric Value"].replace(",", "")
         if unit not in _SCALES:
@@ -387,7 +411,7 @@ def parse_ncu(text: str) -> list[dict[str, Any]]:
         except ValueError:
             raise LabError(f"{row['Metric Name']} of a kernel is {value!r}.") from None
     for kernel in kernels.values():
-        if missing := [m for m in METRICS.values() if m not in kernel]:
+        if missing := [m for m in metrics.values() if m not in kernel]:
             raise LabError(f"kernel {kernel['kernel']!r} lacks {', '.join(missing)}.")
     return list(kernels.values())
 
@@ -441,6 +465,20 @@ def _add_counts(
     for column, suffix in (("dram_read", "read"), ("dram_write", "write"), ("l2", "l2")):
         result.add(f"{key}_{suffix}", sum(k[column] for k in group), "bytes", f"{column}, {how}")
     result.add(f"{key}_kernels", len(group), "kernels", how)
+
+
+def _add_busy(
+    result: Result, problem: dict[str, Any], step: str, group: list[dict[str, Any]]
+) -> None:
+    for kernel in group:
+        labelled = {"kind": "busy", "problem": problem["name"], "step": step}
+        result.rows.append({**labelled, **_sizes(problem), **kernel})
+    if len(group) > 1:
+        return  # shares of different kernels have no sum
+    where = f"{short_name(group[0]['kernel'])}, {_where(problem)}"
+    for name, words in _BUSY_WORDS.items():
+        key = f"{problem['name']}_{step}_busy_{name}"
+        result.add(key, group[0][name], "1", f"ncu, {words}, share of the most possible: {where}")
 
 
 def _add_naive(result: Result, name: str, caches: str) -> None:

@@ -118,6 +118,7 @@ def _measure_ceilings(
     timing = time_fn(
         lambda x=source, y=target: y.copy_(x), rep_ms=plan["rep_ms"] * 3, device=device
     )
+    filled = time_fn(lambda y=target: y.fill_(1.0), rep_ms=plan["rep_ms"] * 3, device=device)
     size = source.numel() * 4
     del source, target
     result.add(
@@ -127,15 +128,23 @@ def _measure_ceilings(
         f"torch copy of {size // 2**20} MiB, bytes read plus bytes written, median of {timing.n}",
     )
     result.rows.append(_timed({"step": "copy", "bytes": 2 * size}, timing))
+    result.add(
+        "fill_peak",
+        size / (filled.median_ms / 1e3),
+        "B/s",
+        f"torch fill of {size // 2**20} MiB, bytes written, median of {filled.n}",
+    )
+    result.rows.append(_timed({"step": "fill", "bytes": size}, filled))
     card = card_or_none(gpu)
     spec = {}
     for dtype in plan["dtypes"]:
-        best = 0.0
+        best, tried = 0.0, []
         for n in plan["matmul_sizes"]:
             if dtype == "float32" and device == "cuda" and n > 8192:
                 continue  # a second per product
             a, b = (torch.randn(n, n, device=device, dtype=torch_dtype(dtype)) for _ in range(2))
             timing = time_fn(lambda a=a, b=b: a @ b, rep_ms=plan["rep_ms"] * 3, device=device)
+            tried.append(n)
             rate = 2 * n**3 / (timing.median_ms / 1e3)
             row = {"step": "matmul", "dtype": dtype, "size": n, "flops": 2 * n**3, "rate": rate}
             row["bytes"] = 3 * n * n * itemsize(dtype)
@@ -147,7 +156,7 @@ def _measure_ceilings(
             best,
             "FLOP/s",
             f"torch matmul {where}³ on normal random data, {_precision(dtype, device)}, best size "
-            f"of {plan['matmul_sizes']}, median of {count}",
+            f"of {tried}, median of {count}",
         )
         result.add(
             f"ridge_{dtype}",
