@@ -79,7 +79,7 @@ def test_a_new_record_says_where_and_how_it_was_made():
 
 
 def test_the_command_is_what_was_typed_without_the_folders_of_a_machine(monkeypatch):
-    typed = ["/opt/venv/bin/python3.12", "-m", "labkit", "record", "scaling", "/home/me/x.py"]
+    typed = ["/opt/venv/bin/python3.12", "-m", "labkit", "record", "scaling", "/opt/course/x.py"]
     monkeypatch.setattr(sys, "orig_argv", typed)
     assert records.new_record("demo", {}).command == "python -m labkit record scaling x.py"
 

@@ -107,10 +107,9 @@ def test_every_peak_was_predicted(quick):
     assert {row["measured_bytes"] - row["predicted_bytes"] for row in rows} == {12}
 
 
-def test_time_grows_more_with_seq_len_than_with_batch(quick):
+def test_time_grows_more_with_seq_len_than_with_head_dim(quick):
     # Loose: this machine may be busy. The record of a quiet one is tested below.
-    assert quick.value("time_exponent.seq_len") > quick.value("time_exponent.batch") + 0.3
-    assert quick.value("time_exponent.head_dim") < 1.1
+    assert quick.value("time_exponent.seq_len") > quick.value("time_exponent.head_dim") + 0.4
 
 
 def test_the_result_is_a_valid_record(quick):
