@@ -223,24 +223,30 @@ class _Cuda:
         event = self.torch.cuda.Event
         return event(enable_timing=True), event(enable_timing=True)
 
-    def learn_host_time(self, fn: Callable[[], Any]) -> None:
-        """How long to spin so that ``fn`` is queued in full before its first kernel starts."""
-        cuda = self.torch.cuda
-        host_s = math.inf
+    def _host_time(self, fn: Callable[[], Any]) -> float:
+        """Seconds that the host needs to queue ``fn``; all of its time, if it waits or computes."""
+        seconds = math.inf
         for _ in range(3):
-            cuda.synchronize()
+            self.torch.cuda.synchronize()
             begin = time.perf_counter()
             fn()
-            host_s = min(host_s, time.perf_counter() - begin)
+            seconds = min(seconds, time.perf_counter() - begin)
+        return seconds
+
+    def _cycles(self, seconds: float) -> int:
+        """Argument of a spin of about that length."""
         start, end = self.event_pair()
-        cuda.synchronize()
+        self.torch.cuda.synchronize()
         start.record()
-        cuda._sleep(1_000_000)
+        self.torch.cuda._sleep(1_000_000)
         end.record()
         end.synchronize()
-        cycles_per_s = 1e6 / (start.elapsed_time(end) / 1e3)
+        return int(seconds * 1e6 / (start.elapsed_time(end) / 1e3))
+
+    def learn_host_time(self, fn: Callable[[], Any]) -> None:
+        """How long to spin so that ``fn`` is queued in full before its first kernel starts."""
         # A function that waits for the GPU itself takes long to queue and gains nothing: 5 ms do.
-        self.spin_cycles[id(fn)] = int(min(2 * host_s + 20e-6, 5e-3) * cycles_per_s)
+        self.spin_cycles[id(fn)] = self._cycles(min(2 * self._host_time(fn) + 20e-6, 5e-3))
 
     def record(self, fn: Callable[[], Any], before: Callable[[], Any] | None):
         """Queue one timed call; returns its two events."""
@@ -260,11 +266,10 @@ class _Cuda:
         end.record()
         return start, end
 
-    def _added_ms(self, fn: Callable[[], Any]) -> float:
-        """Time between the events when the call is queued behind other work (launches hidden)."""
+    def _added_ms(self, fn: Callable[[], Any], spin_cycles: int) -> float:
+        """Time between the events when all of fn's host work is done before the first passes."""
         start, end = self.event_pair()
-        for _ in range(8):  # about half a millisecond of work on an H200
-            self.flush_buffer.zero_()
+        self.torch.cuda._sleep(spin_cycles)
         start.record()
         fn()
         end.record()
@@ -297,7 +302,11 @@ class _Cuda:
         def nothing() -> None:
             pass
 
-        added_ms = self._least(self._added_ms, fn) - self._least(self._added_ms, nothing)
+        # Behind a spin that outlasts the host's part, a function that computes on the CPU
+        # leaves nothing between the events, however long it takes.
+        spin = self._cycles(min(2 * self._host_time(fn) + 100e-6, 1.0))
+        with_fn = self._least(lambda f: self._added_ms(f, spin), fn)
+        added_ms = with_fn - self._least(lambda f: self._added_ms(f, spin), nothing)
         left_over_s = self._least(self._left_over_s, fn) - self._least(self._left_over_s, nothing)
         if left_over_s > max(20e-6, 0.05 * added_ms * 1e-3):
             raise UnsynchronisedError(

@@ -60,6 +60,13 @@ def test_read_sum_is_exact_modulo_two_to_the_32(n, repeats, level, device):
     assert int(kernels.read_sum(x, repeats, level=level)) == expected
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 5])
+def test_read_sum_by_blocks_reads_the_same_elements(blocks, device):
+    x = int32((15 * 1000,), device)
+    expected = int(x.sum(dtype=torch.int64)) * 4 % 2**32
+    assert int(kernels.read_sum(x, 4, blocks=blocks, programs=3)) == expected
+
+
 def test_read_sum_visits_every_element_in_every_round(device):
     # one element set: lost in any round, the sum is short
     for position in (0, 2048, 3 * 2048 + 5, 8 * 2048 - 1):
@@ -162,9 +169,9 @@ print(json.dumps({
     ),
     "read": sass(
         buffer_read.read_kernel,
-        {"x": "*i32", "partial": "*i64", "n": "i32", "chunk": "i32", "rounds": "i32",
-         "step": "i32"},
-        {"CACHE": ".cg", "EVEN": True, "BLOCK": buffer_read.BLOCK}, ["x", "partial", "chunk"],
+        {"x": "*i32", "partial": "*i64", "n": "i32", "chunk": "i32", "blocks": "i32",
+         "rounds": "i32", "step": "i32"},
+        {"CACHE": ".cg", "EVEN": True, "BLOCK": buffer_read.BLOCK}, ["x", "partial", "n", "chunk"],
         num_warps=buffer_read.NUM_WARPS,
     ),
     "chase": sass(
@@ -320,6 +327,8 @@ def test_addresses_past_two_to_the_31_elements():
 
 def calls(device):
     """(operator, arguments) of each kernel at a small size."""
+    for name in NAMES:
+        getattr(kernels, name)  # the operators are registered when their file is loaded
     chain = kernels.make_chain(1024, device=device)
     table = kernels.rotation_table(1024, device)
     start = kernels.conflict_start(1, 1024, 1024, device=device)
@@ -327,7 +336,7 @@ def calls(device):
     ops = torch.ops.labkit
     return {
         "copy": (ops.copy, (torch.randn(40, device=device),)),
-        "read_sum": (ops.read_sum, (int32((100,), device), 2, "l2", 0)),
+        "read_sum": (ops.read_sum, (int32((100,), device), 2, "l2", 0, 5)),
         "pointer_chase": (ops.pointer_chase, (chain, 5, 0, "l2", True)),
         "shared_gather": (ops.shared_gather, (table, start, 2, True)),
         "matmul": (ops.matmul, (a, b, "ieee")),
@@ -403,6 +412,7 @@ def test_flops_are_counted(device):
         (lambda: kernels.read_sum(torch.zeros(4)), "x"),
         (lambda: kernels.read_sum(torch.zeros(4, dtype=torch.int32), 0), "repeats"),
         (lambda: kernels.read_sum(torch.zeros(4, dtype=torch.int32), level="l3"), "level"),
+        (lambda: kernels.read_sum(torch.zeros(4, dtype=torch.int32), blocks=3), "blocks"),
         (lambda: kernels.pointer_chase(torch.zeros(4, dtype=torch.int64), 1), "next_index"),
         (lambda: kernels.pointer_chase(torch.zeros(4, dtype=torch.int32), 1.5), "steps"),
         (lambda: kernels.pointer_chase(torch.zeros(4, dtype=torch.int32), 1, start=4), "start"),

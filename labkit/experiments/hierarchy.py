@@ -8,7 +8,8 @@ On a GPU, with the kernels of ``labkit.kernels``:
 ``shared``       lookups in a table in shared memory, without and with bank conflicts.
 ``latency``      a pointer chase through growing working sets.
 ``parallelism``  the same read by one program, two, four …: how many bytes must be in flight.
-``reuse``        r passes over a large buffer, whole or in blocks that stay in cache.
+``reuse``        r passes over a large buffer, whole or in blocks that stay in cache, in one
+                 kernel; ``reuse_kernels`` the same with a kernel for each pass over a block.
 ``matmul``       C = AB by dtype, ours and torch's, in a short burst and sustained.
 ``launch``       what one almost empty kernel costs.
 
@@ -74,7 +75,7 @@ def blocked_passes(x: Any, passes: int, block: int) -> None:
             part.neg_()
 
 
-def _reuse(result: Result, quick: bool, device: str) -> None:
+def _reuse_by_calls(result: Result, quick: bool, device: str, kind: str) -> None:
     """Blocks that fit in cache against whole passes: the speed-up of keeping bytes close.
 
     Let a pass over the whole buffer run at β, and a pass over a block that is already in cache
@@ -97,7 +98,7 @@ def _reuse(result: Result, quick: bool, device: str) -> None:
         )
         rate = in_cache.rate(2 * block * 16)
         columns = {"how": "in cache", "passes": 16, "bytes": block, "block": block}
-        result.rows.append(_row("reuse", in_cache, **columns, bandwidth=rate))
+        result.rows.append(_row(kind, in_cache, **columns, bandwidth=rate))
         whole_rate = 0.0
         original = x.clone()
         for passes in (1, 4, 16) if quick else (1, 2, 4, 8, 16, 32):
@@ -115,14 +116,14 @@ def _reuse(result: Result, quick: bool, device: str) -> None:
             for how, timing in both.items():
                 columns = {"how": how, "passes": passes, "bytes": size, "block": block}
                 bandwidth = timing.rate(2 * size * passes)
-                row = _row("reuse", timing, **columns, bandwidth=bandwidth, error=error)
+                row = _row(kind, timing, **columns, bandwidth=bandwidth, error=error)
                 result.rows.append(row)
             whole_rate = max(whole_rate, both["whole"].rate(2 * size * passes))
             what = f"{passes} passes over {format_bytes(size)}: whole over in blocks of "
             speedup = both.ratios("whole")["blocks"]
-            result.add(f"reuse_{passes}", speedup, "1", what + format_bytes(block))
+            result.add(f"{kind}_{passes}", speedup, "1", what + format_bytes(block))
         what = "a pass over a block in cache over a pass over the whole buffer, rates"
-        result.add("reuse_ratio", rate / whole_rate, "1", what)
+        result.add(f"{kind}_ratio", rate / whole_rate, "1", what)
 
 
 # -- rows -----------------------------------------------------------------------------------
@@ -175,7 +176,8 @@ def _on_gpu(quick: bool) -> list[tuple[str, Callable[[Result], None]]]:
         ("shared memory", lambda r: _shared(r, quick)),
         ("latency", lambda r: _latency(r, quick)),
         ("bytes in flight", lambda r: _parallelism(r, quick)),
-        ("reuse", lambda r: _reuse(r, quick, "cuda")),
+        ("reuse", lambda r: _reuse(r, quick)),
+        ("reuse by separate kernels", lambda r: _reuse_by_calls(r, quick, "cuda", "reuse_kernels")),
         ("launch", _launch),
         ("matmul", lambda r: _matmul(r, quick)),
     ]
@@ -200,7 +202,21 @@ def _free() -> int:
     return torch.cuda.mem_get_info()[0]
 
 
+def _graph_of(fn: Callable[[], Any], count: int) -> Any:
+    """``count`` calls captured in a CUDA graph: replayed, they cost no launches."""
+    import torch
+
+    fn()  # compiled and allocated before the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            fn()
+    return graph
+
+
 def _copy(result: Result, quick: bool) -> None:
+    """Copies of growing buffers, many to a graph: one alone is too short for its events."""
     import torch
 
     from labkit import kernels
@@ -214,17 +230,23 @@ def _copy(result: Result, quick: bool) -> None:
         x = torch.randn(size // 4, device="cuda")
         y = torch.empty_like(x)
         error = _equal("copy", kernels.copy(x), x)
+        count = max(1, min(100, 512 * MIB // size))
+        graphs = {
+            "ours": _graph_of(lambda x=x: kernels.copy(x), count),
+            "torch": _graph_of(lambda x=x, y=y: y.copy_(x), count),
+        }
         both = time_many(
-            {"ours": lambda x=x: kernels.copy(x), "torch": lambda x=x, y=y: y.copy_(x)},
+            {who: graph.replay for who, graph in graphs.items()},
             warmup_ms=10,
-            rep_ms=20,
-            max_samples=200,
+            rep_ms=30,
+            max_samples=100,
             flush_l2=False,
         )
         for who, timing in both.items():
-            rate = timing.rate(2 * size)
-            row = _row("copy", timing, by=who, bytes=2 * size, bandwidth=rate, error=error)
-            rows.append(row)
+            rate = timing.rate(2 * size * count)
+            columns = {"by": who, "bytes": 2 * size, "copies": count, "bandwidth": rate}
+            rows.append(_row("copy", timing, **columns, error=error))
+        del graphs
     result.rows += rows
     l2 = _l2_bytes()
     for who, suffix in (("torch", ""), ("ours", "_ours")):
@@ -436,7 +458,9 @@ def _parallelism(result: Result, quick: bool) -> None:
     from labkit import kernels
     from labkit.timing import time_fn
 
-    size = _whole_chunks(min(512 * MIB, _free() // 4))
+    # A power of two, so that every number of programs shares it without a mask: a mask would
+    # make each load wait for the comparison before it and halve what is in flight.
+    size = 2 ** min(29, _free().bit_length() - 3)
     x = _int32(size)
     expected = int(x.sum()) % 2**32
     programs, rows = 1, []
@@ -454,6 +478,45 @@ def _parallelism(result: Result, quick: bool) -> None:
         programs *= 4 if quick else 2
     result.rows += rows
     result.add("one_program_read", rows[0]["bandwidth"], "B/s", "read_sum by one program")
+
+
+def _reuse(result: Result, quick: bool) -> None:
+    """Readings of a buffer larger than L2, whole or in blocks that fit, within one kernel."""
+    from labkit import kernels
+    from labkit.timing import time_fn, time_many
+
+    # So few programs that all of them run at once: each block is then read by all together.
+    programs = 8 * _sms()
+    block = 16 * KIB * programs
+    blocks = max(2, min(64, _free() // 4 // block))
+    x = _int32(blocks * block)
+    once = int(x.sum())
+    columns = {"block": block, "bytes": blocks * block}
+    timer = {"warmup_ms": 5, "rep_ms": 20 if quick else 60, "flush_l2": False}
+    small = x[: block // 4]
+    in_cache = time_fn(lambda: kernels.read_sum(small, 500, programs=programs), **timer)
+    rate = in_cache.rate(500 * block)
+    columns_small = columns | {"bytes": block, "how": "in cache", "passes": 500}
+    result.rows.append(_row("reuse", in_cache, **columns_small, bandwidth=rate))
+    whole_rate = 0.0
+    for passes in (1, 4, 16) if quick else (1, 2, 4, 8, 16, 32):
+        functions = {
+            how: lambda r=passes, b=b: kernels.read_sum(x, r, programs=programs, blocks=b)
+            for how, b in (("whole", 1), ("blocks", blocks))
+        }
+        expected = once * passes % 2**32
+        error = max(_equal("read_sum", int(fn()), expected) for fn in functions.values())
+        both = time_many(functions, **timer)
+        for how, timing in both.items():
+            bandwidth = timing.rate(passes * blocks * block)
+            here = columns | {"how": how, "passes": passes, "bandwidth": bandwidth}
+            result.rows.append(_row("reuse", timing, **here, error=error))
+        whole_rate = max(whole_rate, both["whole"].rate(passes * blocks * block))
+        what = f"{passes} readings of {format_bytes(blocks * block)}: whole over in blocks of "
+        speedup = both.ratios("whole")["blocks"]
+        result.add(f"reuse_{passes}", speedup, "1", what + format_bytes(block))
+    what = "read bandwidth of a block in L2 over that of the whole buffer"
+    result.add("reuse_ratio", rate / whole_rate, "1", what)
 
 
 def _launch(result: Result) -> None:
@@ -483,10 +546,7 @@ def _launch(result: Result) -> None:
     alone = time_fn(back_to_back["torch"], warmup_ms=5, rep_ms=20, launch="hidden")
     result.rows.append(_row("launch", alone, by="gpu alone", launches=1, seconds=alone.seconds))
     result.add("launch_empty_kernel", alone.seconds, "s", "one zero_ of 4 KiB, launch hidden")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            x.zero_()
+    graph = _graph_of(back_to_back["torch"], count)
     replayed = time_fn(graph.replay, warmup_ms=10, rep_ms=60, flush_l2=False)
     per = replayed.seconds / count
     result.rows.append(_row("launch", replayed, by="graph", launches=count, seconds=per))
@@ -574,7 +634,7 @@ def _on_cpu(quick: bool) -> list[tuple[str, Callable[[Result], None]]]:
     return [
         ("copy", lambda r: _cpu_copy(r, quick)),
         ("order", lambda r: _cpu_order(r, quick)),
-        ("reuse", lambda r: _reuse(r, quick, "cpu")),
+        ("reuse", lambda r: _reuse_by_calls(r, quick, "cpu", "reuse")),
         ("matmul", lambda r: _cpu_matmul(r, quick)),
         ("kernels in the interpreter", _interpreted),
     ]

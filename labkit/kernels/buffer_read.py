@@ -15,6 +15,8 @@ Which level answers is chosen by *who reads what in the next round*:
   (cache at all levels).  After the first round the chunk is in its multiprocessor's L1.
 
 A buffer larger than L2, read with ``level="l2"``, measures device memory, read only.
+Divided into ``blocks`` that fit in L2, each read R times before the next, it measures what
+reuse is worth: the first reading comes from memory, the others from L2.
 
 Taught in chapter 03 (the memory hierarchy).
 """
@@ -26,7 +28,7 @@ import triton
 import triton.language as tl
 from torch.utils.flop_counter import register_flop_formula
 
-from labkit.errors import check_choice, check_positive_int
+from labkit.errors import ArgumentError, check_choice, check_positive_int
 from labkit.kernels.runtime import check_can_launch, check_contiguous, check_tensor, sm_count
 
 __all__ = ["read_sum"]
@@ -41,6 +43,7 @@ def read_kernel(
     partial,
     n,
     chunk,
+    blocks,
     rounds,
     step,
     CACHE: tl.constexpr,
@@ -50,42 +53,49 @@ def read_kernel(
     program = tl.program_id(0)
     turn = program
     total = tl.zeros([BLOCK], tl.int32)
-    for _ in range(rounds):
-        first = turn.to(tl.int64) * chunk
-        for offset in range(0, chunk, BLOCK):
-            i = offset + tl.arange(0, BLOCK)
-            if EVEN:
-                total += tl.load(x + first + i, cache_modifier=CACHE)
-            else:
-                total += tl.load(x + first + i, mask=i < n - first, other=0, cache_modifier=CACHE)
-        turn += step
-        turn = tl.where(turn < tl.num_programs(0), turn, turn - tl.num_programs(0))
+    for _ in range(blocks):
+        for _ in range(rounds):
+            first = turn.to(tl.int64) * chunk
+            for offset in range(0, chunk, BLOCK):
+                i = offset + tl.arange(0, BLOCK)
+                if EVEN:
+                    total += tl.load(x + first + i, cache_modifier=CACHE)
+                else:
+                    inside = i < n - first
+                    total += tl.load(x + first + i, mask=inside, other=0, cache_modifier=CACHE)
+            turn += step
+            turn = tl.where(turn < tl.num_programs(0), turn, turn - tl.num_programs(0))
+        x += n
     tl.store(partial + program, tl.sum(total.to(tl.int64)))
 
 
-def _plan(x: torch.Tensor, programs: int) -> tuple[int, int]:
-    """(programs, elements per program): whole blocks, spread as evenly as they go."""
-    blocks = triton.cdiv(x.numel(), BLOCK)
-    chunk = triton.cdiv(blocks, min(programs or 16 * sm_count(x), blocks)) * BLOCK
-    return triton.cdiv(x.numel(), chunk), chunk
+def _plan(n: int, programs: int) -> tuple[int, int]:
+    """(programs, elements per program) for n elements: whole loads, as even as they go."""
+    loads = triton.cdiv(n, BLOCK)
+    chunk = triton.cdiv(loads, min(programs, loads)) * BLOCK
+    return triton.cdiv(n, chunk), chunk
 
 
 @torch.library.custom_op("labkit::read_sum", mutates_args=())
-def _read_sum(x: torch.Tensor, repeats: int, level: str, programs: int) -> torch.Tensor:
+def _read_sum(
+    x: torch.Tensor, repeats: int, level: str, programs: int, blocks: int
+) -> torch.Tensor:
     check_can_launch("x", x)
-    programs, chunk = _plan(x, programs)
+    n = x.numel() // blocks
+    programs, chunk = _plan(n, programs or 16 * sm_count(x))
     partial = torch.empty(programs, dtype=torch.int64, device=x.device)
     # A step of a third of the grid: the next reader of a chunk sits elsewhere on the chip.
     step, cache = (programs // 3, ".cg") if level == "l2" else (0, ".ca")
     read_kernel[(programs,)](
         x,
         partial,
-        x.numel(),
+        n,
         chunk,
+        blocks,
         repeats,
         step,
         CACHE=cache,
-        EVEN=x.numel() == programs * chunk,
+        EVEN=n == programs * chunk,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )
@@ -93,7 +103,7 @@ def _read_sum(x: torch.Tensor, repeats: int, level: str, programs: int) -> torch
 
 
 @_read_sum.register_fake
-def _(x, repeats, level, programs):
+def _(x, repeats, level, programs, blocks):
     return x.new_empty((), dtype=torch.int64)
 
 
@@ -103,7 +113,12 @@ def _read_sum_flops(x_shape, *args, out_shape=None, **kwargs) -> int:
 
 
 def read_sum(
-    x: torch.Tensor, repeats: int = 1, *, level: str = "l2", programs: int | None = None
+    x: torch.Tensor,
+    repeats: int = 1,
+    *,
+    level: str = "l2",
+    programs: int | None = None,
+    blocks: int = 1,
 ) -> torch.Tensor:
     """Sum of ``x`` over ``repeats`` readings, modulo 2³²; every reading reads all of ``x``.
 
@@ -114,6 +129,7 @@ def read_sum(
     repeats : number of readings, R.
     level : ``"l2"`` or ``"l1"``: which cache shall answer after the first reading.
     programs : how many programs share the buffer (default: 16 per multiprocessor).
+    blocks : how many equal parts ``x`` has; each part is read ``repeats`` times before the next.
 
     Returns
     -------
@@ -132,4 +148,9 @@ def read_sum(
     repeats = check_positive_int("repeats", repeats)
     check_choice("level", level, ("l2", "l1"))
     programs = 0 if programs is None else check_positive_int("programs", programs)
-    return torch.ops.labkit.read_sum(x, repeats, level, programs)
+    blocks = check_positive_int("blocks", blocks)
+    if x.numel() % blocks:
+        raise ArgumentError(
+            "blocks", blocks, f"does not divide the {x.numel()} elements of x.", "Pass a divisor."
+        )
+    return torch.ops.labkit.read_sum(x, repeats, level, programs, blocks)
