@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from labkit.errors import ArgumentError, check_choice, check_positive_int
@@ -239,7 +240,8 @@ def kernels(fn: Callable[[], Any], device: str) -> list[str]:
     fn()
     if device == "cuda":
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        both = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+        with profile(activities=both, acc_events=True) as seen:
             fn()
             torch.cuda.synchronize()
         kind = torch.autograd.DeviceType.CUDA
@@ -342,27 +344,28 @@ def _one_thread(device: str) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _timer(device: str, quick: bool) -> dict[str, Any]:
+def _timed(fn: Callable[[], Any], device: str, quick: bool, launch: str) -> dict[str, Any]:
+    """At most 100 samples of ``fn``, to the nanosecond, and their median."""
+    from labkit.timing import time_fn
+
     if device == "cuda":
-        return {"warmup_ms": 5 if quick else 25, "rep_ms": 20 if quick else 150, "min_samples": 7}
-    return {"warmup_ms": 10, "rep_ms": 30 if quick else 300, "min_samples": 5}
+        how = {"warmup_ms": 5 if quick else 25, "rep_ms": 20 if quick else 150, "min_samples": 7}
+    else:
+        how = {"warmup_ms": 10, "rep_ms": 30 if quick else 300, "min_samples": 5}
+    timing = time_fn(fn, device=device, launch=launch, max_samples=100, **how)
+    samples = [round(ms, 6) for ms in timing.samples_ms]
+    return {"samples_ms": samples, "median_ms": median(samples), "method": timing.method}
 
 
 def _point(sweep: str, sizes: dict[str, int], dtype: str, device: str, quick: bool) -> dict:
     from labkit.memory import attention_peak, measure
     from labkit.naive import naive_attention
-    from labkit.timing import time_fn
 
     q, k, v = _inputs(sizes, dtype, device)
     # The same operators as naive_attention, without its question how much memory is free: on
     # CUDA the answer takes the driver a quarter of a millisecond.
-    timing = time_fn(
-        lambda: three_lines(q, k, v),
-        device=device,
-        launch="included",
-        **_timer(device, quick),
-    )
-    row = {"sweep": sweep, **sizes, "dtype": dtype, **timing.to_dict()}
+    timing = _timed(lambda: three_lines(q, k, v), device, quick, "included")
+    row = {"sweep": sweep, **sizes, "dtype": dtype, **timing}
     if sweep in KNOBS:
         predicted = attention_peak(**sizes, dtype=dtype, device=device)
         report = measure(naive_attention, q, k, v, predicted=predicted)
@@ -376,22 +379,19 @@ def _point(sweep: str, sizes: dict[str, int], dtype: str, device: str, quick: bo
 
 
 def _one_head(sizes: dict[str, int], dtype: str, device: str, quick: bool) -> list[dict]:
-    from labkit.timing import time_fn
-
     q, k, v = _inputs(sizes, dtype, device)
 
     def eager():
         return three_lines(q, k, v)
 
-    settings = _timer(device, quick)
     rows = []
     ways = {"eager": (eager, "included")}
     if device == "cuda":
         ways["queued"] = (eager, "hidden")
         ways["graph"] = (_graph(eager), "included")
     for how, (fn, launch) in ways.items():
-        timing = time_fn(fn, device=device, launch=launch, **settings)
-        row = {"sweep": "one_head", "how": how, **sizes, "dtype": dtype, **timing.to_dict()}
+        timing = _timed(fn, device, quick, launch)
+        row = {"sweep": "one_head", "how": how, **sizes, "dtype": dtype, **timing}
         if how == "eager":
             row["kernels"] = [name[:120] for name in kernels(eager, device)]
             if error := _error(three_lines, q, k, v):
