@@ -36,8 +36,8 @@ HEAD = """\
 #     python3.11 -m pip install -r requirements.txt
 #
 # torch is named without a build tag, so a CPU wheel (torch 2.13.0+cpu) and PyPI's CUDA wheel both
-# satisfy it.  The CUDA wheel brings its own nvidia-* packages and pins each of them exactly, which
-# is why none is listed here.
+# satisfy it.  The CUDA wheel brings its own nvidia-* packages, at the versions that torch names;
+# listed here, they would be gigabytes for machines without a GPU.
 """
 
 

@@ -18,15 +18,26 @@ ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "_build/html"
 #: name → viewport and theme
 VIEWS = {
-    "light": ({"width": 1280, "height": 900}, "light"),
-    "dark": ({"width": 1280, "height": 900}, "dark"),
-    "phone": ({"width": 390, "height": 844}, "light"),
+    "light": ({"width": 1280, "height": 1600}, "light"),
+    "dark": ({"width": 1280, "height": 1600}, "dark"),
+    "phone": ({"width": 390, "height": 1600}, "light"),
 }
 
 
 def pages(wanted: list[str]) -> list[Path]:
     found = [*sorted((HTML / "book").glob("*.html")), *sorted((HTML / "notebooks").glob("*.html"))]
     return [p for p in found if not wanted or any(word in p.stem for word in wanted)]
+
+
+def _slices(page, out: Path, name: str) -> int:
+    """A long page in pictures of one window each; one picture would be too tall to be drawn."""
+    window = page.viewport_size["height"]
+    height = page.evaluate("() => document.documentElement.scrollHeight")
+    for number, top in enumerate(range(0, height, window)):
+        page.evaluate(f"() => window.scrollTo({{top: {top}, behavior: 'instant'}})")
+        page.wait_for_timeout(50)
+        page.screenshot(path=out / f"{name}-{number:02}.png", timeout=120_000)
+    return number + 1
 
 
 def photograph(playwright, out: Path, wanted: list[str], views: list[str]) -> int:
@@ -46,9 +57,8 @@ def photograph(playwright, out: Path, wanted: list[str], views: list[str]) -> in
             page.goto(file.as_uri())
             page.evaluate("() => window.MathJax?.startup?.promise")
             page.wait_for_timeout(300)
-            page.screenshot(path=out / f"{file.stem}-{view}.png", full_page=True)
+            taken += _slices(page, out, f"{file.stem}-{view}")
             page.close()
-            taken += 1
         context.close()
     chromium.close()
     return taken
