@@ -457,29 +457,43 @@ def test_running_the_script_again_changes_nothing_and_a_new_copy_comes_alive(ope
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("name", BUILDERS)
-def test_without_scripts_the_figure_stays_and_a_line_says_so(name, open_page, tmp_path):
+def test_without_scripts_the_figure_stays_and_a_line_says_so(open_page, tmp_path):
     stored = tmp_path / "page.html"
-    stored.write_text(page_of(BUILDERS[name]()), encoding="utf-8")
+    stored.write_text(page_of(*(build() for build in BUILDERS.values())), encoding="utf-8")
     page = open_page(java_script_enabled=False)
     page.goto(stored.as_uri())
-    assert page.locator(".lkx-wide").is_visible()
-    assert not page.locator(".lkx-controls").is_visible()
-    assert page.get_by_text("its first state").is_visible()
-    assert page.locator(".lkx-table").is_visible()
+    for root in page.locator(".lkx").all():
+        assert root.locator(".lkx-wide").is_visible()
+        assert not root.locator(".lkx-controls").is_visible()
+        assert root.get_by_text("its first state").is_visible()
+        assert root.locator(".lkx-table").is_visible()
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("name", BUILDERS)
-def test_print_shows_the_current_state_and_no_inputs(name, open_page):
-    figure = BUILDERS[name]()
+def test_print_shows_the_current_state_and_no_inputs(open_page):
+    figures = [build() for build in BUILDERS.values()]
     page = open_page()
-    page.set_content(page_of(figure))
-    page.locator('[data-control="N"] input[type=number]').fill("700")
+    page.set_content(page_of(*figures, theme="dark"))
+    for nth in range(len(figures)):
+        page.locator('[data-control="N"] input[type=number]').nth(nth).fill("700")
     page.emulate_media(media="print")
-    assert not page.locator(".lkx-controls").is_visible()
-    assert page.locator(".lkx-wide").is_visible()
-    assert_shows(page, figure, N=700)
+    for nth, figure in enumerate(figures):
+        root = page.locator(".lkx").nth(nth)
+        assert not root.locator(".lkx-controls").is_visible()
+        assert root.locator(".lkx-wide").is_visible()
+        assert_shows(page, figure, nth, N=700)
+    # paper is white, whatever the theme on the screen
+    blue = page.evaluate("getComputedStyle(document.querySelector('.lkx path.lkx-a')).stroke")
+    assert blue == "rgb(0, 114, 178)"
+
+
+@pytest.mark.browser
+def test_every_input_tells_jupyterlab_to_leave_its_keys_alone(open_page):
+    page = open_page()
+    page.set_content(page_of(explorers.scores_buffer()))
+    bare = page.locator(".lkx :is(input, select, button):not([data-lm-suppress-shortcuts])")
+    assert page.locator(".lkx :is(input, select, button)").count() == 10
+    assert bare.count() == 0
 
 
 @pytest.mark.browser

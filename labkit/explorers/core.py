@@ -259,7 +259,7 @@ class Explorer:
             )
             script = f"<script>({_asset('runtime.js')})({json.dumps(key)},{self._json()})</script>"
         return (
-            f'<div class="lkx" data-lkx="{key}" data-lm-suppress-shortcuts="true">'
+            f'<div class="lkx" data-lkx="{key}">'
             f"<style>{_asset('style.css')}</style>"
             f'<figure role="group" aria-label="{escape(spec["title"])}">'
             f"<figcaption><strong>{escape(spec['title'])}</strong> "

@@ -412,6 +412,10 @@ function mount(root) {
     redraw();
   });
   form.addEventListener("submit", event => event.preventDefault());
+  // JupyterLab takes arrow keys, Space and Enter from whatever does not say this of itself
+  for (const node of form.querySelectorAll("input, select, button")) {
+    node.setAttribute("data-lm-suppress-shortcuts", "true");
+  }
   redraw();
   form.hidden = false;
   find(root, ".lkx-still").hidden = true;
