@@ -164,16 +164,16 @@ def measure(fn: Callable, *args: Any, predicted: int | None = None, **kwargs: An
         why_not["traced"] = f"no FakeTensor run ({type(error).__name__}: {_first_line(error)})"
 
     def call():
-        _drop_grads(tensors)
         return fn(*args, **kwargs)
 
+    _drop_grads(tensors)
     figures: dict[str, int | None] = {"measured": None, "allocated": None, "reserved": None}
     alive: Counter | None = None
     method = CUDA_METHOD if device.type == "cuda" else CPU_METHOD
     if device.type == "cuda":
-        figures = _measure_cuda(call, device)
+        figures = _measure_cuda(call, device, tensors)
     elif device.type == "cpu":
-        figures["measured"], alive, reason = _measure_cpu(call)
+        figures["measured"], alive, reason = _measure_cpu(call, tensors)
         if reason:
             why_not["measured"] = reason
     else:
@@ -201,9 +201,12 @@ def _drop_grads(tensors: list[torch.Tensor]) -> None:
 # -- CUDA ----------------------------------------------------------------------
 
 
-def _measure_cuda(call: Callable, device: torch.device) -> dict[str, int | None]:
+def _measure_cuda(
+    call: Callable, device: torch.device, tensors: list[torch.Tensor]
+) -> dict[str, int | None]:
     out = call()
     del out
+    _drop_grads(tensors)
     torch.cuda.synchronize(device)
     gc.collect()
     torch.cuda.empty_cache()  # so that what is reserved afterwards is this call's own
@@ -248,12 +251,15 @@ def _without_profiler_noise() -> Iterator[None]:
                 os.write(2, b"".join(rest))
 
 
-def _measure_cpu(call: Callable) -> tuple[int | None, Counter | None, str | None]:
+def _measure_cpu(
+    call: Callable, tensors: list[torch.Tensor]
+) -> tuple[int | None, Counter | None, str | None]:
     """Peak, the sizes alive at it by operator, and why not if there is none."""
     from torch.profiler import ProfilerActivity, profile
 
     out = call()
     del out
+    _drop_grads(tensors)
     gc.collect()
     with tempfile.TemporaryDirectory() as folder, _without_profiler_noise():
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -272,11 +278,11 @@ def _measure_cpu(call: Callable) -> tuple[int | None, Counter | None, str | None
     alive: list[dict] = []
     for event in changes:
         size, address = event["args"]["Bytes"], event["args"].get("Addr")
-        live += size
         if size > 0:
             holding[address] = event
-        else:
-            holding.pop(address, None)
+        elif holding.pop(address, None) is None:
+            continue  # it was alive before and never counted
+        live += size
         if live > peak:
             peak, alive = live, list(holding.values())
     spans = [e for e in events if e.get("ph") == "X" and e.get("cat") == "cpu_op"]
@@ -335,6 +341,11 @@ def _gaps(
     if numbers:
         texts.append(f"{numbers} bytes for Python numbers, which torch wraps as tensors")
     why = "; ".join(texts) if texts else "the two peak at different operations"
+    if measured < traced.peak and any(e.op == "add" for e in traced.alive_at_peak()):
+        why = (
+            "where gradients meet, autograd adds them into one of the two; on FakeTensors it "
+            "makes a third"
+        )
     out.append(f"{difference}{why}.")
     return tuple(out)
 

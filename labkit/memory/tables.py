@@ -132,7 +132,7 @@ class MemoryTable:
 
     def _note(self) -> str:
         return (
-            f"At the worst moment {format_bytes(self.peak)} are alive at once, inputs included. "
+            f"Alive at once, at the worst moment: {format_bytes(self.peak)}, inputs included. "
             "Binary units: 1 KiB = 1024 bytes."
         )
 
@@ -299,7 +299,7 @@ def attention_memory(
         training=training,
         variant="fused" if method == "fused" else "out_of_place",
     )
-    what = "training (forward and backward)" if training else "forward"
+    what = "forward and backward" if training else "forward"
     mask = ", causal" if causal else ""
     kv = "" if sizes["Hkv"] == sizes["H"] else f", {sizes['Hkv']} KV heads"
     n = f"{sizes['Nq']}" if sizes["Nq"] == sizes["Nk"] else f"{sizes['Nq']} × {sizes['Nk']}"

@@ -5,9 +5,10 @@ bytes behind it.  A dispatch mode sees every ATen operator below autograd, notes
 storage and is told when that storage dies.  What results is the exact order in which
 tensors are created and freed, forward and backward.
 
-What it cannot see is what a kernel allocates for itself: the operator is one event here.
-On a machine, :func:`labkit.memory.measure` sees those; the difference is the kernels' own
-scratch.
+Two things differ from a real run.  What a kernel allocates for itself is not seen: the
+operator is one event here, and :func:`labkit.memory.measure` shows the rest.  And where two
+gradients of one tensor meet, autograd adds in place if it may, which on FakeTensors it may
+not: such an addition makes a third tensor here.
 
 Loads torch.  Taught in chapter 01 (what attention writes).
 """
