@@ -756,9 +756,9 @@ def scaling_fit(
     Parameters
     ----------
     series : dicts with ``label``, ``x`` and ``y`` (sequences), and optionally ``fit``, an
-        object with ``exponent``, ``coefficient`` and ``range`` (as :func:`labkit.experiments.
-        scaling.fit_power` gives), ``low`` and ``high`` (spread of each y), ``muted`` (drawn as
-        background), ``dashed``.
+        object with ``exponent``, ``coefficient`` and ``range`` (what
+        ``labkit.experiments.scaling.fit_power`` gives), ``low`` and ``high`` (spread of each
+        y), ``muted`` (drawn as background), ``dashed``.
     x, y : axis labels, with units.
     kind : "bytes" or "seconds": the unit of y.
     """
@@ -927,36 +927,42 @@ def launch_overhead(ax: Axes, result: Any, *, label: str = "") -> str:
 
     t = theme()
     ways = (
-        ("eager", "one call after another, from Python", t.vermilion, "o"),
-        ("graph", "the same kernels as one CUDA graph", t.blue, "s"),
-        ("queued", "what the GPU needs once they are queued", t.green, "D"),
+        ("eager", "one call after another, from Python", t.vermilion, "o", "-"),
+        ("graph", "the same kernels as one CUDA graph", t.blue, "s", "-"),
+        ("queued", "what the GPU needs once they are queued", t.green, "D", (0, (4, 3))),
     )
     found = []
-    for how, text, colour, marker in ways:
+    for how, text, colour, marker, dash in ways:
         x, y = scaling.series(result, "one_head", how=how)
         if not x:
             continue
-        found.append((text, colour, x[0], y[0]))
-        ax.plot(x, y, color=colour, marker=marker, markerfacecolor=t.paper, zorder=3)
+        ax.plot(x, y, color=colour, ls=dash, marker=marker, markerfacecolor=t.paper, zorder=3)
+        flat = scaling.flat_until(x, y)
+        level = [v for n, v in zip(x, y, strict=True) if n <= flat]
+        below = how == "queued"  # the graph's curve runs just above it
+        found.append((text, colour, x[0], min(level) if below else max(level), below))
         if how == "eager":
-            ax.plot(x, [y[-1] * (v / x[-1]) ** 2 for v in x], color=t.muted, lw=1.2, ls=(0, (4, 3)))
-            flat = scaling.flat_until(x, y)
+            ax.plot(x, [y[-1] * (v / x[-1]) ** 2 for v in x], color=t.muted, lw=1.2, ls=(0, (1, 2)))
             ax.axvspan(x[0] / 1.2, flat, color=t.panel, zorder=0)
             ax.set_xlim(x[0] / 1.2, x[-1] * 1.3)
             ax.set_ylim(min(y) / 6, max(y) * 2)
+    if not found:
+        raise ArgumentError(
+            "result", "no rows of 'one_head'", "has nothing to draw.", "Run the experiment scaling."
+        )
     size_axis(ax, "x", label="seq_len (tokens), one batch element, one head")
     seconds_axis(ax, "y", label="time of one call")
-    for text, colour, x, y in found:
-        # below a single curve, which may rise at once; above each of several, which are level
-        place = {"xytext": (2, -8), "va": "top"} if len(found) == 1 else {"xytext": (2, 7)}
-        ax.annotate(text, (x, y), textcoords="offset points", color=colour, size=9, **place)
+    for text, colour, x, y, below in found:
+        short = text if len(found) > 1 else "one call"
+        place = {"xytext": (2, -9), "va": "top"} if below else {"xytext": (2, 7)}
+        ax.annotate(short, (x, y), textcoords="offset points", color=colour, size=9, **place)
     if label:
         ax.set_title(label)
     curves = "; ".join(text for text, *_ in found)
     return (
-        "Time against seq_len on logarithmic axes, one batch element and one head, with a dashed "
+        "Time against seq_len on logarithmic axes, one batch element and one head, with a dotted "
         f"line of slope two. Curves: {curves}. On the left the first is level, on the right all "
-        "approach the dashed line."
+        "approach the dotted line."
     )
 
 
@@ -1297,7 +1303,7 @@ def time_bounds(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> str:
             [row["measured"]], [place], "o", color=t.vermilion, markeredgecolor=t.paper, zorder=4
         )
         ax.annotate(
-            f"{significant(row['measured'] / row['lower'], 2)}×",
+            f"{row['measured'] / row['lower']:.1f}×",
             (max(row["measured"], row["upper"]), place),
             xytext=(8, 0),
             textcoords="offset points",

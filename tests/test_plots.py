@@ -248,13 +248,15 @@ def test_launch_overhead_marks_where_time_is_level():
     (ax,) = plots.launch_overhead(sweeps()).figure()[0].axes
     # 0.03 ms + 1e-7 N²: within a quarter of its least at N = 256, not at 512
     assert ax.patches[0].get_extents().transformed(ax.transData.inverted()).x1 == pytest.approx(256)
-    guide = next(one for one in ax.lines if one.get_linestyle() == "--")
+    guide = next(one for one in ax.lines if one.get_color() == plots.LIGHT.muted)
     y = guide.get_ydata()
     assert y[-1] / y[-2] == pytest.approx(4)
     only_eager = sweeps()
     only_eager.rows = [row for row in only_eager.rows if row.get("how") in (None, "eager")]
     (ax,) = plots.launch_overhead(only_eager).figure()[0].axes
-    assert len(ax.texts) == 1
+    assert [text.get_text() for text in ax.texts] == ["one call"]
+    with pytest.raises(ArgumentError, match="nothing to draw"):
+        plots.launch_overhead(Result()).figure()
 
 
 def test_end_labels_do_not_overlap():
