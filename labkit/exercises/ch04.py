@@ -42,7 +42,7 @@ def intensity(answer: Any) -> str:
     return "three tensors, each moved once, for any two lengths."
 
 
-@exercise("How long is long?")
+@exercise("Long enough")
 def seq_len_for_share(answer: Any) -> str:
     """Grade ``seq_len_for_share(head_dim, num, den)``; the key is found by trying lengths."""
     from labkit.roofline import steps
