@@ -75,6 +75,14 @@ def test_read_sum_visits_every_element_in_every_round(device):
         assert int(kernels.read_sum(x, 6, programs=4)) == 6
 
 
+@pytest.mark.parametrize("programs", [1, 2, 3, 6, 132, 1056, 2112])
+def test_every_program_reads_every_chunk_in_turn(programs):
+    from labkit.kernels.buffer_read import _stride
+
+    step = _stride(programs)
+    assert {r * step % programs for r in range(programs)} == set(range(programs))
+
+
 # -- pointer_chase --------------------------------------------------------------------------
 
 

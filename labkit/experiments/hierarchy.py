@@ -274,7 +274,7 @@ def _read(result: Result, quick: bool) -> None:
     from labkit import kernels
     from labkit.timing import time_fn
 
-    sizes = [2**p for p in range(20, 31)] + [3 * 2**p for p in range(22, 26)]
+    sizes = [2**p for p in range(20, 31)] + [s * MIB for s in (12, 24, 28, 40, 48, 56, 80, 96)]
     rows = []
     for size in sorted(map(_whole_chunks, sizes[::3] if quick else sizes)):
         if 2 * size > _free():
@@ -373,12 +373,17 @@ def _latency(result: Result, quick: bool) -> None:
     from labkit import kernels
 
     rows = []
-    powers = {"l1": range(12, 18), "l2": range(12, 31)}
+    walked = {
+        "l1": [2**p for p in range(12, 18)],
+        "l2": sorted([2**p for p in range(12, 31)] + [s * MIB for s in (20, 24, 28, 40, 48, 56)]),
+    }
     if quick:
-        powers = {"l1": (14, 16), "l2": (14, 17, 20, 23, 25, 27, 28)}
-    for level, sizes in powers.items():
-        for power in sizes:
-            size = 2**power
+        walked = {
+            "l1": [2**14, 2**16],
+            "l2": [2**p for p in (14, 17, 20, 23, 25, 27, 28)],
+        }
+    for level, sizes in walked.items():
+        for size in sizes:
             if 2 * size > _free():
                 continue
             chain = kernels.make_chain(size, device="cuda")

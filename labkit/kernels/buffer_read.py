@@ -23,6 +23,8 @@ Taught in chapter 03 (the memory hierarchy).
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -76,6 +78,18 @@ def _plan(n: int, programs: int) -> tuple[int, int]:
     return triton.cdiv(n, chunk), chunk
 
 
+def _stride(programs: int) -> int:
+    """About a third of the grid and coprime to it.
+
+    The next reader of a chunk then sits elsewhere on the chip, and every program reads every
+    chunk in its turn: no part of a divided L2 gets to serve always the same readers.
+    """
+    step = max(1, programs // 3)
+    while math.gcd(step, programs) != 1:
+        step += 1
+    return step
+
+
 @torch.library.custom_op("labkit::read_sum", mutates_args=())
 def _read_sum(
     x: torch.Tensor, repeats: int, level: str, programs: int, blocks: int
@@ -84,8 +98,7 @@ def _read_sum(
     n = x.numel() // blocks
     programs, chunk = _plan(n, programs or 16 * sm_count(x))
     partial = torch.empty(programs, dtype=torch.int64, device=x.device)
-    # A step of a third of the grid: the next reader of a chunk sits elsewhere on the chip.
-    step, cache = (programs // 3, ".cg") if level == "l2" else (0, ".ca")
+    step, cache = (_stride(programs), ".cg") if level == "l2" else (0, ".ca")
     read_kernel[(programs,)](
         x,
         partial,
