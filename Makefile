@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PY := .venv/bin/python
 # .venv is ready when this file exists: another lock, another pyproject.toml or another place on
 # disk is another name.
-READY := .venv/.ready-$(shell cat requirements.txt pyproject.toml <(echo "$(CURDIR)") | sha256sum | cut -c1-12)
+READY := .venv/.ready-$(shell cat requirements.txt pyproject.toml <(echo "$(CURDIR)") | cksum | cut -d" " -f1)
 
 NB ?= notebooks
 PORT ?= 8000
