@@ -14,6 +14,7 @@ Imports: memory, roofline, hardware, closed_form, units, errors.  No torch.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -730,15 +731,10 @@ def comparisons(name: str | None = None) -> list[Comparison]:
 
 # -- the page ----------------------------------------------------------------------------------
 
-_BADGES = {
-    "confirmed": "bdg-success",
-    "confirmed with a correction": "bdg-info",
-    "refuted": "bdg-danger",
-    "depends: measured": "bdg-warning",
-}
-
 
 def _cell(text: str) -> str:
+    # A number stays on one line with its unit, its thousands and the sign before it.
+    text = re.sub(r"(?<=[\d=≈]) (?=[\d%KMGT×])|(?<=\w) (?==)", "\N{NO-BREAK SPACE}", text)
     return text.replace("|", r"\|").replace("*", r"\*")
 
 
@@ -758,16 +754,15 @@ def as_markdown(pages: Iterable[str] | None = None) -> str:
     pages : documents that the book has; links to others are left out.  None: link to all.
     """
     pages = None if pages is None else list(pages)
-    lines = [
-        "| Claim | What is said | Verdict | Because | Chapter |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["````{list-table}", ":header-rows: 1", ":widths: 8 36 15 33 8", ""]
+    rows = [("Claim", "What is said", "Verdict", "Because", "Chapter")]
     for item in CLAIMS.values():
         chapters = ", ".join(_link(c, pages) for c in (item.chapter, *item.others))
-        badge = f"{{{_BADGES[item.verdict]}}}`{item.verdict}`"
-        lines.append(
-            f"| {item.id} | {_cell(item.statement)} | {badge} | {_cell(item.reason)} | {chapters} |"
-        )
+        verdict = f"**{item.verdict}**" if item.verdict == "refuted" else item.verdict
+        rows.append((item.id, _cell(item.statement), verdict, _cell(item.reason), chapters))
+    for row in rows:
+        lines += [f"{'* -' if i == 0 else '  -'} {cell}" for i, cell in enumerate(row)]
+    lines.append("````")
     for name in CLAIMS:
         tables = comparisons(name)
         if not tables:

@@ -388,7 +388,7 @@ def test_claims_prints_verdicts_and_cells():
     assert "refuted" in result.stdout and "88.89 %" in result.stdout
     assert "C08" not in result.stdout
     page = run("claims", "--markdown").stdout
-    assert page.startswith("| Claim |") and "{dropdown} C23" in page
+    assert page.startswith("````{list-table}") and "{dropdown} C23" in page
 
 
 def test_claims_with_a_wrong_cell_is_status_one(monkeypatch):
