@@ -745,7 +745,7 @@ def requote(text: str, target: str, *, root: Path | str | None = None) -> str:
 
 
 def check_quote(text: str, target: str, *, root: Path | str | None = None) -> None:
-    """Raise :class:`RecordError` unless ``text`` is what rounding the record gives.
+    """Raise ``RecordError`` unless ``text`` is what rounding the record gives.
 
     Parameters
     ----------
