@@ -1,4 +1,4 @@
-"""The back matter: the reference covers labkit, docstrings reach it whole, terms are defined once."""
+"""The back matter: the reference covers labkit, docstrings reach it whole, terms stand once."""
 
 from __future__ import annotations
 
