@@ -69,7 +69,7 @@ def small_book(folder: Path) -> Path:
     (folder / "book/how_measured.md").write_text("# How\n\n```{records-table}\n```\n")
     (folder / "book/intro.md").write_text(
         "# Small\n\nIt copies at {rec}`4.28 TB/s <tiny:speed>` {cite:p}`a`.\n\n$$a = b$$ (eq)\n\n"
-        "See {eq}`eq`.\n\n```{bibliography}\n```\n")
+        "See {eq}`eq`, and ($x$), not $y$.\n\n```{bibliography}\n```\n")
     (folder / "records/nvidia-h200").mkdir(parents=True)
     (folder / "records/nvidia-h200/tiny.json").write_text(json.dumps(RECORD))
     (folder / "notebooks").mkdir()
@@ -141,6 +141,12 @@ def test_no_page_links_to_a_repository_while_it_has_no_address(built):
 
 def test_equations_are_numbered_by_label(built):
     assert re.search(r'href="#equation-eq">\(1\)', html(built, "book/intro.html"))
+
+
+def test_punctuation_stays_with_its_formula(built):
+    page = html(built, "book/intro.html")
+    spans = re.findall(r'<span class="lab-together">(.*?)</span>(?=[ <])', page)
+    assert [re.sub(r"<[^>]+>", "", span) for span in spans] == [r"(\(x\)),", r"\(y\)."]
 
 
 def test_nothing_changed_is_no_work_and_says_so(built):
