@@ -1618,6 +1618,8 @@ def bytes_in_flight(ax: Axes, source: Any, *, latency: float, peak: float) -> st
 def reuse(ax: Axes, source: Any) -> str:
     """Speed-up of blocks that stay in cache, measured, against r / (1 + (r − 1) / ρ).
 
+    Where the source has it (a GPU), also that of blocks with a kernel for each pass.
+
     Parameters
     ----------
     source : a Record or Result of the experiment ``hierarchy``.
@@ -1630,6 +1632,20 @@ def reuse(ax: Axes, source: Any) -> str:
     ax.plot(curve, [r / (1 + (r - 1) / ratio) for r in curve], color=t.vermilion, linewidth=1.4)
     ax.axhline(ratio, color=t.ink, linewidth=1, linestyle=(0, (4, 3)))
     ax.plot(passes, measured, "o", color=t.blue, markersize=6)
+    split = [
+        source.value(f"reuse_kernels_{p}") for p in passes if _rows_of(source, "reuse_kernels")
+    ]
+    if split:
+        ax.plot(passes, split, "s", color=t.purple, markersize=5)
+        ax.annotate(
+            "a kernel for each pass over a block",
+            (passes[-1], split[-1]),
+            xytext=(0, -14),
+            textcoords="offset points",
+            ha="right",
+            color=t.purple,
+            fontsize=9,
+        )
     ax.annotate(
         "ratio of the bandwidths, ρ",
         (passes[-1], ratio),
@@ -1648,7 +1664,7 @@ def reuse(ax: Axes, source: Any) -> str:
         fontsize=9,
     )
     ax.annotate(
-        "measured",
+        "measured, in one kernel" if split else "measured",
         (passes[-1], measured[-1]),
         xytext=(0, -14),
         textcoords="offset points",
@@ -1659,8 +1675,9 @@ def reuse(ax: Axes, source: Any) -> str:
     size_axis(ax, "x", label="passes over each block, r", every=1)
     ax.set_ylim(0, max(ratio, *measured) * 1.15)
     ax.set_ylabel("times faster than whole passes")
+    more = " Squares, a kernel for each pass over a block, stay far below." if split else ""
     return (
         "Speed-up of finishing each block while it is in cache, against the number of passes. The "
         "formula starts at 1 for one pass and nears the ratio of the bandwidths, drawn as a dashed "
-        "line, only after many; measured points follow it."
+        "line, only after many; measured points follow it." + more
     )
