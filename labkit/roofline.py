@@ -2,15 +2,15 @@ r"""Floating-point operations and bytes of attention, step by step, and the roof
 
 Taught in chapter 04 (is it the arithmetic or the bytes?).
 
-A kernel that does :math:`F` operations and moves :math:`Q` bytes has the intensity
-:math:`I = F/Q`.  A machine that does :math:`\pi` operations and moves :math:`\beta`
+A kernel that does :math:`F` operations and moves :math:`M` bytes has the intensity
+:math:`I = F/M`.  A machine that does :math:`\pi` operations and moves :math:`\beta`
 bytes per second cannot run it faster than
 
 .. math:: R(I) = \min(\pi,\ \beta I),
-          \qquad T \ge \max\left(\frac{F}{\pi}, \frac{Q}{\beta}\right)
+          \qquad T \ge \max\left(\frac{F}{\pi}, \frac{M}{\beta}\right)
 
 (Williams, Waterman and Patterson, 2009).  Both sides are here: :func:`steps` counts
-:math:`F` and :math:`Q` of each kernel as exact closed forms, :class:`Roofline` holds
+:math:`F` and :math:`M` of each kernel as exact closed forms, :class:`Roofline` holds
 :math:`\pi` and :math:`\beta`, from a data sheet or measured.
 
 What is counted, and what is not
