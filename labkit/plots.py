@@ -1,7 +1,7 @@
 """Figures: one style, in light and dark, with alt text.
 
-A figure function draws on Axes and is wrapped by :func:`figure`.  Calling it
-draws nothing yet; it returns a :class:`Drawing`, which is drawn twice, once per
+A figure function draws on Axes and is wrapped by ``figure``.  Calling it
+draws nothing yet; it returns a ``Drawing``, which is drawn twice, once per
 theme, when it is shown::
 
     plots.show(plots.memory_bars(table), alt="Bars: bytes of each tensor …")
@@ -318,7 +318,7 @@ def show(drawing: Drawing, alt: str | None = None) -> Shown:
 
     Parameters
     ----------
-    drawing : what a figure function returned, or :func:`draw` made.
+    drawing : what a figure function returned, or ``draw`` made.
     alt : what a reader who does not see it needs to know: the axes and the message.
         No measured figure, so that it is the same on every machine.  May be left
         out where the figure function brings its own.
@@ -355,7 +355,7 @@ def figure(
 ) -> Callable[[Callable[..., str | None]], Callable[..., Any]]:
     """Make a figure function of one that draws on Axes.
 
-    The wrapped function loses its first parameter and returns a :class:`Drawing`.
+    The wrapped function loses its first parameter and returns a ``Drawing``.
     Given ``ax=`` it draws there at once and returns that Axes; given ``size=`` (inches)
     it takes that size.
     """
@@ -383,7 +383,7 @@ def draw(
     rows: int = 1,
     cols: int = 1,
 ) -> Drawing:
-    """A :class:`Drawing` of your own function of the Axes: ``plots.draw(lambda ax: …)``."""
+    """A ``Drawing`` of your own function of the Axes: ``plots.draw(lambda ax: …)``."""
     if not callable(function):
         raise ArgumentError(
             "function", type(function).__name__, "is not callable.", "Pass a function of Axes."
@@ -506,7 +506,7 @@ def end_labels(
 
 @figure(height=3.2)
 def memory_bars(ax: Axes, table: Any) -> str:
-    """Bytes of each tensor of a :class:`labkit.memory.MemoryTable`, as bars.
+    """Bytes of each tensor of a ``labkit.memory.MemoryTable``, as bars.
 
     Parameters
     ----------

@@ -14,10 +14,10 @@ FLOP/s, s, …); ``rows`` holds the raw samples behind them.  A page quotes by k
 
     {rec}`4.28 TB/s <hierarchy:copy_peak>`
 
-and :func:`check_quote` fails unless rounding the recorded value to the decimals
+and ``check_quote`` fails unless rounding the recorded value to the decimals
 shown gives exactly that text: prose cannot drift from what was measured.
 
-Loads neither torch nor Triton, except :func:`environment`, which asks them for
+Loads neither torch nor Triton, except ``environment``, which asks them for
 their versions.  Used by every chapter; described on the page "How the numbers
 were made".
 """
@@ -265,7 +265,7 @@ class Record(Figures):
         return machine_slug(self.machine.get("gpu") or f"cpu {self.machine['cpu']}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object that :func:`save` writes."""
+        """The JSON object that ``save`` writes."""
         return {
             "schema": SCHEMA,
             "experiment": self.experiment,
@@ -382,8 +382,8 @@ def load(
     Parameters
     ----------
     experiment : its name, e.g. ``"hierarchy"``.
-    machine : folder name of the machine (:func:`machine_slug`).
-    root : folder to read from instead of :func:`search_path`.
+    machine : folder name of the machine (``machine_slug``).
+    root : folder to read from instead of ``search_path``.
 
     Raises
     ------
@@ -538,7 +538,7 @@ def new_record(
     results : ``{key: {"value": number, "unit": base unit, "how": sentence}}``.
     rows : measured points; with ``samples_ms`` and their ``median_ms`` where time was taken.
     command : what was typed; the process's own command line by default.
-    notes, quick : see :class:`Record`.
+    notes, quick : see ``Record``.
 
     Raises
     ------
@@ -751,7 +751,7 @@ def check_quote(text: str, target: str, *, root: Path | str | None = None) -> No
     ----------
     text : what the page shows, e.g. ``"4.28 TB/s"``.
     target : ``"experiment:key"`` (on the H200) or ``"machine/experiment:key"``.
-    root : folder of the records; :func:`search_path` by default.
+    root : folder of the records; ``search_path`` by default.
     """
     right = requote(text, target, root=root)
     if right != text.strip():

@@ -85,7 +85,7 @@ class Experiment(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one experiment of :func:`run_and_record` ended.
+    """How one experiment of ``run_and_record`` ended.
 
     ``status`` is "recorded", "measured" (ran, not saved), "skipped" or "failed";
     ``why`` explains all but the first.
@@ -157,7 +157,7 @@ def run(
 
     Parameters
     ----------
-    name : one of :func:`names`.
+    name : one of ``names``.
     quick : the short form (seconds on a laptop) or the full one (what is recorded).
     device : ``"cuda"`` or ``"cpu"``; the GPU if there is one by default.
     progress : called with ``(done, total, what)``.
@@ -303,13 +303,13 @@ def run_and_record(
     which : names; all by default.
     quick : the short form; a quick record never replaces a full one.
     write : whether to save records.
-    device : see :func:`run`.
+    device : see ``run``.
     command : what the records say was typed; the process's command line by default.
-    root : folder to write to; :func:`labkit.records.save_root` by default.
+    root : folder to write to; ``labkit.records.save_root`` by default.
 
     Returns
     -------
-    One :class:`Outcome` per experiment, in order.
+    One ``Outcome`` per experiment, in order.
 
     Raises
     ------

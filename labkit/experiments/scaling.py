@@ -2,7 +2,7 @@ r"""What grows: time and peak memory of standard attention as one size at a time
 
 Four sizes are varied alone: seq_len, batch, heads, head_dim.  A quantity that
 grows as a power law, :math:`y = c\,x^{\alpha}`, is a straight line of slope
-:math:`\alpha` on logarithmic axes; :func:`fit_power` finds it by least squares
+:math:`\alpha` on logarithmic axes; ``fit_power`` finds it by least squares
 over the largest points, where the law has had room to win over constant costs.
 
 The second part looks at the small end with one batch element and one head.
@@ -112,7 +112,7 @@ def fit_power(x: Sequence[float], y: Sequence[float], *, last: int = 4) -> Power
     Raises
     ------
     ArgumentError
-        see :func:`doublings`; also if ``last`` is below 2.
+        see ``doublings``; also if ``last`` is below 2.
     """
     if check_positive_int("last", last) < 2:
         raise ArgumentError("last", last, "leaves no slope.", "Pass 2 or more.")
