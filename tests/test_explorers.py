@@ -162,6 +162,8 @@ def test_roofline_points_are_those_of_labkit_roofline(key, dtype):
             assert values[f"{name}_intensity"] == pytest.approx(cost.intensity, rel=1e-12)
             assert values[f"{name}_seconds"] == pytest.approx(bounds.lower, rel=1e-12)
             assert values[f"{name}_rate"] == pytest.approx(cost.flops / bounds.lower, rel=1e-12)
+            for resource, seconds in bounds.parts.items():
+                assert values[f"{name}_{resource}"] == pytest.approx(seconds, rel=1e-12)
         total = roof.time_of(naive, **sizes)
         assert values["naive_seconds"] == pytest.approx(total.lower, rel=1e-12)
 
