@@ -13,10 +13,14 @@ Programs are numbered so that ``GROUP`` rows of tiles are done together: neighbo
 in time then share tiles of B that are still in L2.
 
 float32 inputs need a decision, which is made aloud with ``precision``:
-``"ieee"`` multiplies in float32 on the CUDA cores; ``"tf32"`` keeps 10 mantissa
-bits of the inputs and uses the tensor cores, several times faster and several hundred times
-less exact.  (Triton hands the tensor core all 32 bits and it ignores the last 13: truncation.
-cuBLAS's error is a third of that, what rounding would give.)  For float16 and bfloat16 the products are exact in float32 and it means nothing.
+
+- ``"ieee"`` multiplies in float32 on the CUDA cores.
+- ``"tf32"`` keeps 10 mantissa bits of the inputs and uses the tensor cores, several times
+  faster and several hundred times less exact.  Triton hands the tensor core all 32 bits
+  and it ignores the last 13: truncation.  cuBLAS's error is about a third of that, which
+  is what rounding gives.
+
+For float16 and bfloat16 the products are exact in float32 and it means nothing.
 
 Taught in chapter 03 (the memory hierarchy), used for the measured ceiling of chapter 04.
 """
