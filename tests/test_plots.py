@@ -73,6 +73,12 @@ def all_figures():
     return {
         "growth": plots.growth(sweeps(), where="this machine"),
         "launch": plots.launch_overhead(sweeps(), label="a GPU"),
+        "saved": plots.saved_bars({"out_of_place": 1.0, "checkpointed": 0.0}),
+        "stack": plots.stack_peaks({"out_of_place": {1: 3, 2: 4}, "fused": {1: 0.5, 2: 0.6}}),
+        "longest": plots.longest_lengths(
+            {"naive": [(2**30, 4096), (2**32, 8192)], "fused": [(2**30, 2**17), (2**32, 2**19)]},
+            [(2**31, 5792)],
+        ),
         "memory_bars": plots.memory_bars(table()),
         "timeline": plots.timeline(EVENTS, capacity=200 * MIB),
         "scaling_fit": plots.scaling_fit(SERIES, x="size", y="time", kind="seconds"),
@@ -108,7 +114,7 @@ def test_every_chart_names_its_axes(name):
     fig, _ = all_figures()[name].figure()
     for ax in fig.axes:
         assert ax.get_xlabel()
-        assert ax.get_ylabel() or name == "memory_bars"  # its rows are named one by one
+        assert ax.get_ylabel() or name in ("memory_bars", "saved")  # its rows are named one by one
 
 
 @pytest.mark.parametrize("alt", [None, "", "  \n ", "plot"])
