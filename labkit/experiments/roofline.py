@@ -41,7 +41,7 @@ def run(*, quick: bool, device: str | None = None, progress: Progress | None = N
     Result
         ``results``: ``copy_peak`` (B/s), ``matmul_peak_<dtype>`` (FLOP/s), ``ridge_<dtype>``, and
         per kernel ``<step>_<dtype>_d<head_dim>_n<seq_len>_{time,rate,bandwidth,residual}``.
-        ``rows``: one per kernel and size, see :func:`_row`.
+        ``rows``: one per kernel and size, see ``_row``.
     """
     import torch
 
