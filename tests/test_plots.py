@@ -232,6 +232,9 @@ def test_what_a_step_frees_before_it_creates_is_not_drawn_beside_it():
     (ax,) = plots.timeline(events).figure()[0].axes
     assert rectangles(ax) == [(0, 0, 1, 2), (1, 0, 3, 2), (2, 2, 3, 3)]
     assert [t.get_text() for t in ax.get_xticklabels()] == ["softmax", "PV"]
+    events[3:] = [("softmax", "P", MIB, 3)]  # beside the sum, which is alive
+    (ax,) = plots.timeline(events).figure()[0].axes
+    assert rectangles(ax) == [(0, 0, 1, 2), (1, 0, 2, 2), (1, 2, 2, 3)]
 
 
 def test_a_fit_is_drawn_over_its_range_with_its_exponent():

@@ -185,14 +185,16 @@ def test_an_experiment_cannot_make_an_invalid_record(result):
 # -- nothing is lost -------------------------------------------------------------
 
 
-def test_a_save_that_fails_keeps_the_earlier_record(root, monkeypatch):
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_save_that_fails_keeps_the_earlier_record(root, monkeypatch, step):
     before = path_of(root).read_bytes()
     record = records.load("demo", root=root)
+    record = type(record)(**{**record.__dict__, "command": "another"})
 
-    def full_disk(fd):
+    def full_disk(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full_disk)
+    monkeypatch.setattr(os, step, full_disk)
     with pytest.raises(OSError, match="No space left"):
         records.save(record, root=root)
     assert path_of(root).read_bytes() == before
