@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import functools
+import gc
 import io
 import itertools
 import json
 import subprocess
 import sys
+import weakref
 from html.parser import HTMLParser
 
 import pytest
@@ -564,3 +566,18 @@ def test_a_container_limit_counts(monkeypatch, tmp_path):
     monkeypatch.setattr(budget, "_available", lambda: None)
     monkeypatch.setattr(budget, "_cgroup_left", lambda: None)
     check_fits(2**60, "where nobody can tell")
+
+
+def test_looking_at_saved_tensors_leaves_nothing_behind():
+    # An earlier version kept P alive in a cycle through autograd's graph, which no collector sees.
+    q, k, v = (torch.randn(1, 2, 64, 16, requires_grad=True) for _ in range(3))
+    kept = []
+
+    def attention(*inputs):
+        out, _, probabilities = naive_attention(*inputs, return_scores=True)
+        kept.append(weakref.ref(probabilities))
+        return out
+
+    saved_for_backward(attention, q, k, v)
+    gc.collect()
+    assert kept[0]() is None

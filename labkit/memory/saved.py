@@ -167,6 +167,9 @@ def _look(fn: Callable, args: tuple, kwargs: dict, inputs: list[torch.Tensor]) -
     own = {_key(t) for t in inputs}
 
     def pack(tensor: torch.Tensor) -> _Packed:
+        # Detached: an operator's own output is saved too, and a node that holds its output
+        # through Python would hold itself, out of the garbage collector's sight.
+        tensor = tensor.detach()
         if tensor.dim() or tensor.device != inputs[0].device:
             kept.setdefault(_key(tensor), tensor)
         return _Packed(tensor)
