@@ -32,10 +32,21 @@ PAGES = [TOC["root"], *(c["file"] for part in TOC["parts"] for c in part["chapte
 PHONE = {"width": 390, "height": 844}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
-    done = subprocess.run(
+@lru_cache
+def _build() -> subprocess.CompletedProcess:
+    return subprocess.run(
         [sys.executable, str(ROOT / "tools/build.py")], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(autouse=True)
+def _built(request) -> None:
+    """One test fails for a book that does not build; the others have nothing to look at."""
+    if _build().returncode and request.node.name != "test_the_book_builds":
+        pytest.skip("the book does not build, see test_the_book_builds")
+
+
+def test_the_book_builds():
+    done = _build()
     assert done.returncode == 0, done.stdout + done.stderr
 
 
