@@ -1668,10 +1668,10 @@ def reuse(ax: Axes, source: Any) -> str:
     )
     ax.annotate(
         "measured, in one kernel" if split else "measured",
-        (passes[-1], measured[-1]),
-        xytext=(0, -14),
+        (passes[0], measured[0]),
+        xytext=(10, -10),
         textcoords="offset points",
-        ha="right",
+        va="center",
         color=t.blue,
         fontsize=9,
     )

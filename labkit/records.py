@@ -827,7 +827,8 @@ def requote_file(path: Path | str, *, root: Path | str | None = None) -> int:
     path = Path(path)
     text = path.read_text(encoding="utf-8")
     changed = 0
-    for quote in set(quotes_in_file(path)):
+    # One rewriting brings all quotes of the same spelling up to date.
+    for quote in {q.source: q for q in quotes_in_file(path)}.values():
         right = requote(quote.text, quote.target, root=root)
         if right == quote.text:
             continue

@@ -412,6 +412,13 @@ def test_stale_quotes_are_rewritten_in_pages_and_notebooks(root, tmp_path, ascii
     assert json.loads(notebook.read_text(encoding="utf-8"))["cells"][0] == cells[0]
 
 
+def test_a_stale_quote_that_stands_twice_is_rewritten_twice(root, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("{rec}`4.1 TB/s <demo:copy_peak>`\n\nagain {rec}`4.1 TB/s <demo:copy_peak>`\n")
+    assert records.requote_file(page, root=root) == 1
+    assert [q.text for q in records.quotes_in_file(page)] == ["4.3 TB/s"] * 2
+
+
 # -- this repository -------------------------------------------------------------
 
 RECORD_FILES = sorted((REPOSITORY / "records").glob("*/*.json"))

@@ -84,7 +84,7 @@ def _reuse_by_calls(result: Result, quick: bool, device: str, kind: str) -> None
     """
     import torch
 
-    from labkit.timing import time_fn, time_many
+    from labkit.timing import time_many
 
     timer = {"warmup_ms": 1, "rep_ms": 10 if quick else 60, "device": device}
     with _OneThread() if device == "cpu" else nullcontext():
@@ -93,37 +93,35 @@ def _reuse_by_calls(result: Result, quick: bool, device: str, kind: str) -> None
         block = 2**18 if device == "cpu" else _l2_bytes() // 4
         x = torch.randn(size // 4, device=device)
         small = x[: block // 4].clone()
-        in_cache = time_fn(
-            lambda: blocked_passes(small, 16, block // 4), flush_l2=False, min_samples=9, **timer
-        )
-        rate = in_cache.rate(2 * block * 16)
-        columns = {"how": "in cache", "passes": 16, "bytes": block, "block": block}
-        result.rows.append(_row(kind, in_cache, **columns, bandwidth=rate))
-        whole_rate = 0.0
+        often = 64
         original = x.clone()
+        ratio = 0.0
         for passes in (1, 4, 16) if quick else (1, 2, 4, 8, 16, 32):
             blocked_passes(x, passes, block // 4)
             error = _equal("blocked_passes", x, -original if passes % 2 else original)
-            both = time_many(
+            turns = time_many(
                 {
                     "whole": lambda r=passes: blocked_passes(x, r, x.numel()),
                     "blocks": lambda r=passes: blocked_passes(x, r, block // 4),
+                    "in cache": lambda: blocked_passes(small, often, block // 4),
                 },
-                min_samples=3 if quick else 5,
+                min_samples=5,
                 **timer,
             )
             x.copy_(original)
-            for how, timing in both.items():
+            for how, timing in turns.items():
+                moved = 2 * block * often if how == "in cache" else 2 * size * passes
                 columns = {"how": how, "passes": passes, "bytes": size, "block": block}
-                bandwidth = timing.rate(2 * size * passes)
+                bandwidth = timing.rate(moved)
                 row = _row(kind, timing, **columns, bandwidth=bandwidth, error=error)
                 result.rows.append(row)
-            whole_rate = max(whole_rate, both["whole"].rate(2 * size * passes))
+            # Rates in the same round, so that what else the machine does weighs on both.
+            gain = turns.ratios("whole")
+            ratio = gain["in cache"] * block * often / (size * passes)
             what = f"{passes} passes over {format_bytes(size)}: whole over in blocks of "
-            speedup = both.ratios("whole")["blocks"]
-            result.add(f"{kind}_{passes}", speedup, "1", what + format_bytes(block))
+            result.add(f"{kind}_{passes}", gain["blocks"], "1", what + format_bytes(block))
         what = "a pass over a block in cache over a pass over the whole buffer, rates"
-        result.add(f"{kind}_ratio", rate / whole_rate, "1", what)
+        result.add(f"{kind}_ratio", ratio, "1", what)
 
 
 # -- rows -----------------------------------------------------------------------------------
