@@ -55,7 +55,7 @@ __all__ = [
 
 # Below this, the prediction is not worth its microseconds: a launch-bound attention must
 # not be timed with our bookkeeping in it.
-_ALWAYS_FITS = 2**28
+_ALWAYS_FITS = 2**30
 
 
 def naive_attention(

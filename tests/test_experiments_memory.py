@@ -64,9 +64,12 @@ def test_naive_memory_predicts_every_row(naive):
 
 def test_training_memory_saves_and_peaks_as_predicted(training):
     for row in training.select(kind="peak"):
-        assert row["predicted"] == row["traced"], row["form"]
-        if row["form"] != "fused":  # a fused kernel has scratch of its own
-            assert abs(row["measured"] - row["predicted"]) <= 16 * row["layers"]
+        if row["form"] == "fused":  # scratch of its own, and on CUDA the state of a generator
+            assert abs(row["traced"] - row["predicted"]) <= 16 * row["layers"]
+            continue
+        assert abs(row["measured"] - row["predicted"]) <= 16 * row["layers"], row
+        if row["device"] == "cpu":
+            assert row["predicted"] == row["traced"], row["form"]
     assert training.value("saved_checkpointed") == 0
     assert training.value("saved_fused") < training.value("saved_out_of_place")
     four, one = (training.value(f"{k}_out_of_place_measured") for k in ("stack4", "peak"))
@@ -104,12 +107,9 @@ def test_an_unknown_form_is_named():
 
 @pytest.mark.gpu
 def test_a_limit_on_the_allocator_is_hit_where_predicted():
-    case = next(
-        c
-        for c in training_memory._length_cases(True, "cuda")
-        if c["form"] == "out_of_place" and c["allocator"] == training_memory._EXPANDABLE
-    )
+    cases = training_memory._length_cases(True)
+    case = next(c for c in cases if (c["form"], c["mode"]) == ("out_of_place", "training"))
     result = experiments.Result()
-    training_memory._longest(result, {**case, "gib": "12"}, "cuda")
+    training_memory._longest(result, case, "cuda")
     (row,) = result.rows
-    assert 0.97 * row["predicted"] < row["bisected"] <= row["predicted"]
+    assert 0.98 * row["predicted"] < row["bisected"] <= row["predicted"]

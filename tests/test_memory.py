@@ -341,6 +341,19 @@ def test_half_precision_pays_for_a_float32_softmax():
     assert attention_peak(**big, device="cuda") == 4 * S
 
 
+def test_cudas_softmax_backward_holds_a_product_of_its_own():
+    big = {"seq_len": 4096, "dtype": "float16", "head_dim": 8, "training": True}
+    S, small = scores_buffer_bytes(4096, dtype="float16"), 0.02
+    for variant, cpu, cuda in (("out_of_place", 3, 4), ("in_place", 3, 4), ("softmax_fp32", 6, 7)):
+        on = {d: attention_peak(**big, variant=variant, device=d) / S for d in ("cpu", "cuda")}
+        assert on["cpu"] == pytest.approx(cpu, abs=small)
+        assert on["cuda"] == pytest.approx(cuda, abs=small)
+        plan = schedule(variant, training=True, dtype="float16", device="cuda")
+        sizes = problem_sizes(seq_len=4096, head_dim=8)
+        assert "dP ⊙ P" in plan.at_peak(**sizes)
+        assert plan.without_scratch().peak(**sizes) < plan.peak(**sizes)
+
+
 def test_the_form_of_the_peak_is_the_peak():
     for variant, causal, training in itertools.product(VARIANTS, (False, True), (False, True)):
         s = schedule(variant, causal=causal, training=training)
@@ -401,7 +414,10 @@ def test_measured_is_predicted_but_for_python_numbers(variant, dtype):
         fn = forward_backward if training else naive_attention
         report = measure(fn, *tensors[: 4 if training else 3], predicted=peak, **common)
         assert report.predicted == report.traced == peak
-        assert 0 <= report.measured - peak <= 16  # the scale and a cast of it
+        if report.measured - peak not in range(17):  # the scale and a cast of it
+            # oneDNN converts the operands of a product on some CPUs, and the report says so
+            assert "inside bmm while it runs" in report.gaps[0], report
+            continue
         assert report.method == measuring.CPU_METHOD
         assert report.allocated is None and report.reserved is None
         assert report.agree == (report.measured == peak)
@@ -486,8 +502,15 @@ def test_a_gpu_holds_what_was_predicted(variant, training):
     fn = forward_backward if training else naive_attention
     report = measure(fn, *tensors[: 4 if training else 3], predicted=peak, **common)
     assert report.method == measuring.CUDA_METHOD
-    assert report.predicted == report.traced == report.measured
-    assert report.measured <= report.allocated <= report.reserved
+    assert report.predicted == report.measured
+    assert report.measured <= report.allocated
+    if not training:
+        assert report.traced == report.measured
+    else:  # the softmax's product, inside its operator
+        sizes = problem_sizes(seq_len=513, heads=4, batch=2, dtype="bfloat16")
+        plan = schedule(variant, causal=True, training=True, dtype="bfloat16", device="cuda")
+        assert report.traced == plan.without_scratch().peak(**sizes)
+        assert "own scratch" in report.gaps[0]
 
 
 # -- saved for backward --------------------------------------------------------------

@@ -308,6 +308,6 @@ def test_a_request_larger_than_free_memory_is_refused_before_it_is_made(monkeypa
     with pytest.raises(NotEnoughMemoryError, match=r"8 TiB.*free.*Nothing was allocated"):
         naive_attention(q, q, q)
     monkeypatch.setattr(budget, "free_memory", lambda device: 2**27)
-    q = torch.zeros(1, 8, 2048, 8)
-    with pytest.raises(NotEnoughMemoryError, match="256 MiB"):
+    q = torch.zeros(1, 32, 2048, 8)
+    with pytest.raises(NotEnoughMemoryError, match="1 GiB"):
         naive_attention(q, q, q)

@@ -49,8 +49,6 @@ NEEDS_GPU = False
 #: memory to fit into, by the name of the cards that have it
 CAPS = {"12": 12 * GIB, "24": 24 * GIB, "80": 80 * GIB}
 
-_DEFAULT, _EXPANDABLE = "segments", "expandable segments"
-
 
 def attention_in_form(form: str, *, causal: bool = False) -> Callable:
     """The function ``(q, k, v) -> O`` of one of ``labkit.memory.FORMS``.
@@ -110,8 +108,8 @@ def run(
     -------
     Result with rows of ``kind`` ``"saved"``, ``"peak"`` and ``"longest"``, and the keys
     ``saved_<form>``, ``peak_<form>_<column>``, ``stack<L>_<form>_<column>`` in bytes and
-    ``longest_<form>_<mode>_<dtype>_<GiB>_<predicted|bisected>`` in tokens; those bisected with
-    expandable segments end in ``_bisected_expandable``.
+    ``longest_<form>_<mode>_<dtype>_<GiB>_<predicted|bisected>`` in tokens;
+    ``…_ratio`` is the second over the first.
     """
     from labkit.memory import FORMS
 
@@ -127,7 +125,7 @@ def run(
         for layers in (1,) if form in ("in_place", "softmax_fp32") else (1, 4):
             job = functools.partial(_peak, result, problem, form, layers, device)
             work.append((f"peak, {form}, {layers} layers", job))
-    for case in _length_cases(quick, device):
+    for case in _length_cases(quick):
         text = f"longest, {case['form']} {case['mode']}, {case['gib']} GiB"
         work.append((text, functools.partial(_longest, result, case, device)))
     for _, job in steps(work, progress, lambda w: w[0]):
@@ -211,15 +209,13 @@ def _stack_peak(form: str, layers: int, one: int, forms: dict[str, int]) -> int:
 # -- the longest sequence ----------------------------------------------------------
 
 
-def _length_cases(quick: bool, device: str) -> list[dict[str, Any]]:
+def _length_cases(quick: bool) -> list[dict[str, Any]]:
     from labkit.memory import VARIANTS
 
     base = {"heads": 16, "batch": 1, "head_dim": 64}
 
-    def case(form, mode, dtype, gib, allocator=_DEFAULT):
-        return {
-            "form": form, "mode": mode, "dtype": dtype, "gib": gib, "allocator": allocator, **base
-        }  # fmt: skip
+    def case(form, mode, dtype, gib):
+        return {"form": form, "mode": mode, "dtype": dtype, "gib": gib, **base}
 
     caps = ["12"] if quick else list(CAPS)
     cases = [
@@ -235,12 +231,6 @@ def _length_cases(quick: bool, device: str) -> list[dict[str, Any]]:
         for mode in ("forward", "training")
         for dtype in ("float16", "float32")
     ]
-    if device == "cuda":
-        cases += [
-            case("out_of_place", mode, "float16", gib, _EXPANDABLE)
-            for gib in caps
-            for mode in ("forward", "training")
-        ]
     return cases
 
 
@@ -260,14 +250,14 @@ def _longest(result: Result, case: dict[str, Any], device: str) -> None:
         )  # fmt: skip
 
     predicted = _largest(lambda n: needed(n) <= limit)
-    bisected, how = None, ""
+    bisected, how, before = None, "", 0
     if case["form"] == "fused":
         how = "not bisected: one pass over so many tokens would take minutes"
     elif device == "cuda" and limit > _total_memory():
         how = "not bisected: the card has less memory"
     elif device == "cuda":
-        how = f"torch's caching allocator held to the limit, {case['allocator']}"
-        with _held_to(limit, case["allocator"] == _EXPANDABLE):
+        how = "torch's caching allocator held to the limit"
+        with _held_to(limit) as before:
             bisected = bisect_length(functools.partial(_runs, case, sizes), predicted)
     else:
         how = "traced peak and inputs within the limit"
@@ -275,15 +265,14 @@ def _longest(result: Result, case: dict[str, Any], device: str) -> None:
         bisected = bisect_length(fits, predicted, exact=True)
     result.rows.append(
         {"kind": "longest", **case, "limit": limit, "predicted": predicted, "bisected": bisected,
-         "how": how}
+         "held_before": before, "how": how}
     )  # fmt: skip
     name = f"longest_{case['form']}_{case['mode']}_{case['dtype']}_{case['gib']}"
     where = f"batch {case['batch']}, {case['heads']} heads, head_dim {case['head_dim']}"
-    if case["allocator"] == _DEFAULT:
-        result.add(f"{name}_predicted", predicted, "tokens", f"by the schedule; {where}")
+    result.add(f"{name}_predicted", predicted, "tokens", f"by the schedule; {where}")
     if bisected is not None:
-        ending = "bisected" if case["allocator"] == _DEFAULT else "bisected_expandable"
-        result.add(f"{name}_{ending}", bisected, "tokens", f"{how}; {where}")
+        result.add(f"{name}_bisected", bisected, "tokens", f"{how}; {where}")
+        result.add(f"{name}_ratio", bisected / predicted, "1", f"bisected over predicted; {where}")
 
 
 def bisect_length(fits: Callable[[int], bool], guess: int, *, exact: bool = False) -> int | None:
@@ -372,28 +361,17 @@ def _total_memory() -> int:
 
 
 @contextmanager
-def _held_to(limit: int, expandable: bool) -> Iterator[None]:
-    """Hold the caching allocator to ``limit`` bytes, with or without expandable segments."""
+def _held_to(limit: int) -> Iterator[int]:
+    """Hold the caching allocator to ``limit`` bytes; yields what it holds before the first pass."""
     import torch
 
-    gc.collect()
-    torch.cuda.empty_cache()
-    if expandable:
-        _set_expandable(True)
+    from labkit.memory.measuring import settle_cublas
+
+    settle_cublas("cuda")
     torch.cuda.set_per_process_memory_fraction(limit / _total_memory())
     try:
-        yield
+        yield torch.cuda.memory_reserved()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         gc.collect()
         torch.cuda.empty_cache()
-        if expandable:
-            _set_expandable(False)
-
-
-def _set_expandable(on: bool) -> None:
-    import torch
-
-    # No public call changes this after the start; the environment variable
-    # PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True is what a program would set.
-    torch.cuda.memory._set_allocator_settings(f"expandable_segments:{on}")

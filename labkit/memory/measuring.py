@@ -24,6 +24,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ from labkit.errors import ArgumentError, LabError
 from labkit.memory.tracing import Trace, trace
 from labkit.units import format_bytes
 
-__all__ = ["CPU_METHOD", "CUDA_METHOD", "MemoryReport", "measure"]
+__all__ = ["CPU_METHOD", "CUDA_METHOD", "MemoryReport", "measure", "settle_cublas"]
 
 CUDA_METHOD = "CUDA allocator requested_bytes peak"
 CPU_METHOD = "profiler memory events (CPU)"
@@ -204,6 +205,7 @@ def _drop_grads(tensors: list[torch.Tensor]) -> None:
 def _measure_cuda(
     call: Callable, device: torch.device, tensors: list[torch.Tensor]
 ) -> dict[str, int | None]:
+    settle_cublas(device)
     out = call()
     del out
     _drop_grads(tensors)
@@ -221,6 +223,29 @@ def _measure_cuda(
         column: after[f"{stat}_bytes.all.peak"] - before[f"{stat}_bytes.all.current"]
         for column, stat in names.items()
     }
+
+
+def settle_cublas(device: torch.device | str) -> None:
+    """Give cuBLAS its workspaces in segments of their own, one per thread that multiplies.
+
+    cuBLAS's workspace comes from torch's allocator at the first product of a thread, and
+    autograd has a thread of its own.  Allocated late, it may be cut out of a freed buffer of
+    gigabytes, which can then never be given back.
+    """
+    torch.cuda.synchronize(device)
+    gc.collect()
+    if hasattr(torch._C, "_cuda_clearCublasWorkspaces"):
+        torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    with warnings.catch_warnings():
+        # The first product of a fresh thread makes the context current itself, and says so.
+        warnings.filterwarnings("ignore", message=".*no current CUDA context")
+        with torch.enable_grad():
+            x = torch.ones(1, 16, 16, device=device, requires_grad=True)
+            torch.bmm(x, x).sum().backward()
+    del x
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
 
 
 # -- CPU -----------------------------------------------------------------------
@@ -257,12 +282,13 @@ def _measure_cpu(
     """Peak, the sizes alive at it by operator, and why not if there is none."""
     from torch.profiler import ProfilerActivity, profile
 
+    options = {"activities": [ProfilerActivity.CPU], "profile_memory": True, "acc_events": True}
     out = call()
     del out
     _drop_grads(tensors)
     gc.collect()
     with tempfile.TemporaryDirectory() as folder, _without_profiler_noise():
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with profile(**options) as profiler:
             out = call()
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
@@ -315,6 +341,11 @@ def _gaps(
     alive: Counter | None,
 ) -> tuple[str, ...]:
     out = []
+    if predicted is not None and predicted == measured and traced and traced.peak < measured:
+        return (
+            f"traced − predicted = {_signed(traced.peak - predicted)}: an operator's own scratch, "
+            "which the schedule knows of and a trace of operators does not see.",
+        )
     if predicted is not None and traced is not None and predicted != traced.peak:
         out.append(
             f"traced − predicted = {_signed(traced.peak - predicted)}: the formula leaves out or "

@@ -12,14 +12,15 @@ are more than two of them alive, since each dies when its successor is complete:
 .. math:: \text{peak} = 2\,|S| + |\text{mask}| .
 
 Forward and backward, autograd keeps P and the mask, and the softmax's backward needs P, dP
-and dS at once:
+and dS at once; on CUDA its implementation (ATen's ``softmax_backward_cuda_out``) also makes
+the product dP ⊙ P for itself:
 
-.. math:: \text{peak} = 3\,|S| + |\text{mask}| + |O| + |dV| .
+.. math:: \text{peak} = 3\,|S| + |\text{mask}| + |O| + |dV| \quad (\text{CUDA: } 4\,|S| + \dots)
 
 Assumed: q, k, v (and dO) contiguous, gradients of all three wanted, O alive to the end as
 its next layer would keep it.  Not counted: the inputs q, k, v and dO (``with_inputs=True``
-adds them) and what a kernel allocates for itself while it runs (cuBLAS's workspace, oneDNN's
-scratch, the accumulators of a fused backward kernel).
+adds them) and, but for that one product, what a kernel allocates for itself while it runs
+(cuBLAS's workspace, oneDNN's scratch, the accumulators of a fused backward kernel).
 
 Imports: closed_form, dtypes, errors, memory.forms.  No torch.
 Taught in chapters 01 (forward) and 05 (backward).
@@ -58,6 +59,8 @@ class Event:
     name: str
     change: int
     form: Form
+    #: made and freed inside one operator, so that a trace of operators does not see it
+    scratch: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class Schedule:
 
     variant: str
     events: tuple[Event, ...]
+
+    def without_scratch(self) -> Schedule:
+        """The same without what operators make for themselves: what a trace sees."""
+        return Schedule(self.variant, tuple(e for e in self.events if not e.scratch))
 
     def timeline(self, **sizes: int) -> list[dict[str, Any]]:
         """Each event at the given sizes: ``step``, ``name``, ``bytes`` (±), ``live`` after it.
@@ -129,6 +136,10 @@ class _Writer:
         for name in names:
             self.events.append(Event(self.step, name, -1, self.alive.pop(name)))
 
+    def scratch(self, name: str, form: Form) -> None:
+        """A buffer that one operator makes and frees while it runs."""
+        self.events += [Event(self.step, name, change, form, True) for change in (+1, -1)]
+
 
 @dataclass(frozen=True)
 class _Case:
@@ -140,7 +151,7 @@ class _Case:
     half: bool  # element type narrower than float32
     grouped: bool  # fewer KV heads than query heads
     unseeing: bool  # causal with Nq > Nk: rows that see nothing
-    fused_upcast: bool  # CUDA's softmax reads half and writes float32 in one kernel
+    cuda: bool  # its softmax converts and computes in one kernel, and has scratch backwards
 
 
 def _mask(w: _Writer, case: _Case) -> None:
@@ -192,10 +203,10 @@ def _softmax(w: _Writer, case: _Case, scores: str) -> None:
         w.free("row sum")
         return  # P is written over S and keeps its name
     if case.variant == "softmax_fp32" and case.half:
-        if not case.fused_upcast:
+        if not case.cuda:
             w.make("S in float32", _PAIRS * 4, "to float32")
         w.make("P in float32", _PAIRS * 4, "softmax")
-        if not case.fused_upcast:
+        if not case.cuda:
             w.free("S in float32")
         w.make("P", size, "to half")
         if not case.records_grad:
@@ -235,8 +246,9 @@ def _backward(w: _Writer, case: _Case) -> None:
         w.free("P")  # the product's copy; the softmax has its own in float32
         w.make("dP in float32", _PAIRS * 4, "to float32")
         w.free("dP")
-        if case.fused_upcast:
+        if case.cuda:
             w.make("dS", size, "softmax backward")
+            w.scratch("dP ⊙ P", _PAIRS * 4)
             w.free("dP in float32", "P in float32")
         else:
             w.make("dS in float32", _PAIRS * 4, "softmax backward")
@@ -245,6 +257,8 @@ def _backward(w: _Writer, case: _Case) -> None:
             w.free("dS in float32")
     else:
         w.make("dS", size, "softmax backward")
+        if case.cuda:
+            w.scratch("dP ⊙ P", size)
         w.free("dP", "P")
     gradient = "dS"
     repeated = "repeated " if "repeated mask" in w.alive else ""
@@ -340,7 +354,8 @@ def schedule(
         causal with more queries than keys, so that some rows see nothing.
     device : str
         ``"cpu"`` or ``"cuda"``: the softmax that reads half and writes float32 is one
-        kernel on CUDA, two on a CPU with a float32 copy of S between them.
+        kernel on CUDA, two on a CPU with a float32 copy of S between them; and CUDA's
+        softmax backward holds dP ⊙ P while it runs.
 
     Returns
     -------
@@ -369,7 +384,7 @@ def schedule(
         half=itemsize(dtype_name(dtype)) < 4,
         grouped=grouped,
         unseeing=unseeing,
-        fused_upcast=kind == "cuda",
+        cuda=kind == "cuda",
     )
     return _build(case, training)
 
