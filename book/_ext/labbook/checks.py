@@ -18,16 +18,21 @@ def notebook_faults(notebook: dict) -> list[str]:
     faults = []
     if notebook.get("metadata", {}).get("kernelspec", {}).get("name") != "python3":
         faults.append("its kernel is not the plain 'python3'")
+    unrun = []
     for index, cell in enumerate(notebook["cells"], start=1):
         if cell["cell_type"] != "code" or not "".join(cell["source"]).strip():
             continue
         if cell.get("execution_count") is None:
-            faults.append(f"cell {index} was not executed")
+            unrun.append(str(index))
         for output in cell.get("outputs", ()):
             if output["output_type"] == "error":
                 faults.append(f"cell {index} raised {output.get('ename')}")
             elif output.get("name") == "stderr":
                 faults.append(f"cell {index} wrote to stderr")
+    if len(unrun) == 1:
+        faults.append(f"cell {unrun[0]} was not executed")
+    elif unrun:
+        faults.append(f"cells {', '.join(unrun)} were not executed")
     return faults
 
 
