@@ -35,7 +35,7 @@ _DTYPES = (
 
 @triton.jit
 def copy_kernel(x, y, n, BLOCK: tl.constexpr):
-    # 64-bit before the product: block 524 288 of 4096 elements starts past 2^31.
+    # 64 bits before the product: a 32-bit offset ends at 2^31 elements.
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y + i, tl.load(x + i, mask=i < n), mask=i < n)
 
