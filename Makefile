@@ -63,7 +63,10 @@ execute: $(READY) ## run the notebooks in place on this machine (NB=notebooks/01
 	@$(PY) tools/execute.py $(NB)
 
 lab: $(READY) ## open the notebooks in JupyterLab
-	@$(PY) -m jupyterlab notebooks
+	@# JupyterLab would ask its makers for news and updates; the versions are locked here
+	$(PY) -m jupyterlab notebooks --LabApp.news_url=None \
+	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
+	  --LabApp.extension_manager=readonly $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(ARGS)
 
 serve: book ## build the site and serve it on http://localhost:8000 (PORT=…)
 	@echo "http://localhost:$(PORT)/  (Ctrl-C to stop)"
