@@ -934,7 +934,7 @@ def launch_overhead(ax: Axes, result: Any, *, label: str = "") -> str:
         ("graph", "the same kernels as one CUDA graph", t.blue, "s", "-"),
         ("queued", "what the GPU needs once they are queued", t.green, "D", (0, (4, 3))),
     )
-    found = []
+    found, times = [], []
     for how, text, colour, marker, dash in ways:
         x, y = scaling.series(result, "one_head", how=how)
         if not x:
@@ -948,11 +948,12 @@ def launch_overhead(ax: Axes, result: Any, *, label: str = "") -> str:
             ax.plot(x, [y[-1] * (v / x[-1]) ** 2 for v in x], color=t.muted, lw=1.2, ls=(0, (1, 2)))
             ax.axvspan(x[0] / 1.2, flat, color=t.panel, zorder=0)
             ax.set_xlim(x[0] / 1.2, x[-1] * 1.3)
-            ax.set_ylim(min(y) / 6, max(y) * 2)
+        times += y
     if not found:
         raise ArgumentError(
             "result", "no rows of 'one_head'", "has nothing to draw.", "Run the experiment scaling."
         )
+    ax.set_ylim(min(times) / 2.2, max(times) * 2)
     size_axis(ax, "x", label="seq_len (tokens), one batch element, one head")
     seconds_axis(ax, "y", label="time of one call")
     for text, colour, x, y, below in found:
