@@ -339,6 +339,8 @@ def test_half_precision_pays_for_a_float32_softmax():
     assert attention_peak(**big, device="cpu") == 5 * S  # S, S in float32, P in float32
     # S and P in float32, then P in half as well; S waits until the step is over
     assert attention_peak(**big, device="cuda") == 4 * S
+    # CUDA converts in the softmax's kernel for float16 alone
+    assert attention_peak(**{**big, "dtype": "bfloat16"}, device="cuda") == 5 * S
 
 
 def test_cudas_softmax_backward_holds_a_product_of_its_own():
@@ -493,11 +495,12 @@ def test_tensors_on_two_devices_are_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("training", [False, True])
-def test_a_gpu_holds_what_was_predicted(variant, training):
-    *tensors, _ = problem(513, 513, 4, 4, "bfloat16", grad=training, device="cuda", d=64, dv=64)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_gpu_holds_what_was_predicted(variant, training, dtype):
+    *tensors, _ = problem(513, 513, 4, 4, dtype, grad=training, device="cuda", d=64, dv=64)
     common = {"variant": variant, "causal": True}
     peak = attention_peak(
-        seq_len=513, heads=4, batch=2, dtype="bfloat16", training=training, device="cuda", **common
+        seq_len=513, heads=4, batch=2, dtype=dtype, training=training, device="cuda", **common
     )
     fn = forward_backward if training else naive_attention
     report = measure(fn, *tensors[: 4 if training else 3], predicted=peak, **common)
@@ -507,8 +510,8 @@ def test_a_gpu_holds_what_was_predicted(variant, training):
     if not training:
         assert report.traced == report.measured
     else:  # the softmax's product, inside its operator
-        sizes = problem_sizes(seq_len=513, heads=4, batch=2, dtype="bfloat16")
-        plan = schedule(variant, causal=True, training=True, dtype="bfloat16", device="cuda")
+        sizes = problem_sizes(seq_len=513, heads=4, batch=2, dtype=dtype)
+        plan = schedule(variant, causal=True, training=True, dtype=dtype, device="cuda")
         assert report.traced == plan.without_scratch().peak(**sizes)
         assert "own scratch" in report.gaps[0]
 

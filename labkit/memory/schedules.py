@@ -151,7 +151,8 @@ class _Case:
     half: bool  # element type narrower than float32
     grouped: bool  # fewer KV heads than query heads
     unseeing: bool  # causal with Nq > Nk: rows that see nothing
-    cuda: bool  # its softmax converts and computes in one kernel, and has scratch backwards
+    cuda: bool  # softmax backward makes dP ⊙ P for itself
+    converts_inside: bool  # the softmax reads float16 and writes float32 in one kernel
 
 
 def _mask(w: _Writer, case: _Case) -> None:
@@ -203,10 +204,10 @@ def _softmax(w: _Writer, case: _Case, scores: str) -> None:
         w.free("row sum")
         return  # P is written over S and keeps its name
     if case.variant == "softmax_fp32" and case.half:
-        if not case.cuda:
+        if not case.converts_inside:
             w.make("S in float32", _PAIRS * 4, "to float32")
         w.make("P in float32", _PAIRS * 4, "softmax")
-        if not case.cuda:
+        if not case.converts_inside:
             w.free("S in float32")
         w.make("P", size, "to half")
         if not case.records_grad:
@@ -246,12 +247,14 @@ def _backward(w: _Writer, case: _Case) -> None:
         w.free("P")  # the product's copy; the softmax has its own in float32
         w.make("dP in float32", _PAIRS * 4, "to float32")
         w.free("dP")
-        if case.cuda:
+        if case.converts_inside:
             w.make("dS", size, "softmax backward")
             w.scratch("dP ⊙ P", _PAIRS * 4)
             w.free("dP in float32", "P in float32")
         else:
             w.make("dS in float32", _PAIRS * 4, "softmax backward")
+            if case.cuda:
+                w.scratch("dP ⊙ P", _PAIRS * 4)
             w.free("dP in float32", "P in float32")
             w.make("dS", size, "to half")
             w.free("dS in float32")
@@ -347,15 +350,15 @@ def schedule(
         whether autograd records (default: ``training``); a forward pass that records
         keeps P and the mask.
     dtype : str
-        element type of the inputs; matters for ``softmax_fp32`` only.
+        element type of the inputs; decides which conversions ``softmax_fp32`` makes.
     grouped : bool
         fewer KV heads than query heads.
     unseeing : bool
         causal with more queries than keys, so that some rows see nothing.
     device : str
-        ``"cpu"`` or ``"cuda"``: the softmax that reads half and writes float32 is one
-        kernel on CUDA, two on a CPU with a float32 copy of S between them; and CUDA's
-        softmax backward holds dP ⊙ P while it runs.
+        ``"cpu"`` or ``"cuda"``: a softmax that reads float16 and writes float32 is one kernel
+        on CUDA; on a CPU, and for bfloat16 on both, a float32 copy of S comes between.  And
+        CUDA's softmax backward holds dP ⊙ P while it runs.
 
     Returns
     -------
@@ -385,6 +388,8 @@ def schedule(
         grouped=grouped,
         unseeing=unseeing,
         cuda=kind == "cuda",
+        # ATen has that kernel for float16 alone: bfloat16 is converted in a step of its own
+        converts_inside=kind == "cuda" and dtype_name(dtype) == "float16",
     )
     return _build(case, training)
 

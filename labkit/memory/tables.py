@@ -352,6 +352,7 @@ def longest_seq_len(
     training: bool = False,
     method: str = "naive",
     counting: str = "tensors",
+    device: str = "cpu",
 ) -> int:
     """The longest self-attention that fits: the exact integer inverse of the table.
 
@@ -365,6 +366,8 @@ def longest_seq_len(
     counting : str
         ``"tensors"``: every tensor of :func:`attention_memory` at once; ``"peak"``: what is
         alive at the worst moment, inputs included, by the schedule.
+    device : str
+        ``"cpu"`` or ``"cuda"``; the peaks of some variants differ.
     heads, batch, head_dim, dtype, kv_heads, causal, training
         as for :func:`attention_memory`.
 
@@ -402,7 +405,9 @@ def longest_seq_len(
         check_choice("method", variant, (*VARIANTS, "fused", "checkpointed"))
 
         def needed(n: int) -> int:
-            return attention_peak(seq_len=n, variant=variant, with_inputs=True, **problem)
+            return attention_peak(
+                seq_len=n, variant=variant, with_inputs=True, device=device, **problem
+            )
 
     if needed(1) > limit:
         raise LabError(
