@@ -171,7 +171,7 @@ def _plan(device: str, quick: bool) -> dict[str, Any]:
                 "head_dim": [16, 32, 64, 128, 256],
             },
             "one_head": [2**i for i in range(5, 15 if not quick else 13)],
-            "full": {"batch": 16, "heads": 32},
+            "full": None if quick else {"batch": 16, "heads": 32},
         }
     top = 11 if not quick else 10
     return {
