@@ -357,7 +357,11 @@ NAMES = ["copy", "read_sum", "pointer_chase", "shared_gather", "matmul"]
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name, device):
     operator, arguments = calls(device)[name]
-    torch.library.opcheck(operator, arguments)
+    utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if not (name == "pointer_chase" and device == "cuda"):
+        # compares two runs; on a GPU a chase also returns the clocks, which no two runs share
+        utils.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, arguments, test_utils=utils)
 
 
 @pytest.mark.parametrize("name", ["copy", "matmul"])

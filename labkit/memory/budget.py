@@ -42,8 +42,9 @@ def _held(device: Any) -> int:
     """Bytes that torch's CUDA allocator has taken and not handed out."""
     import torch
 
+    # empty until the first allocation of the process
     stats = torch.cuda.memory_stats(device)
-    return stats["reserved_bytes.all.current"] - stats["allocated_bytes.all.current"]
+    return stats.get("reserved_bytes.all.current", 0) - stats.get("allocated_bytes.all.current", 0)
 
 
 def _available() -> int | None:
