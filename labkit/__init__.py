@@ -3,7 +3,7 @@
 ``import labkit`` loads neither torch nor Triton; each submodule loads what it
 needs on first use.  Modules import downwards only:
 
-    errors, units, dtypes, closed_form
+    errors, units, dtypes, shapes, closed_form
       → hardware, memory, roofline          models of memory and hardware
       → naive                               reference attention
       → kernels                             Triton
@@ -18,10 +18,11 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_SUBMODULES = frozenset(
-    "claims closed_form doctor dtypes errors exercises experiments explorers hardware kernels "
-    "memory naive plots records roofline timing units widgets".split()
-)
+_SUBMODULES = frozenset({
+    "claims", "closed_form", "doctor", "dtypes", "errors", "exercises", "experiments",
+    "explorers", "hardware", "kernels", "memory", "naive", "plots", "records", "roofline",
+    "shapes", "timing", "units", "widgets",
+})  # fmt: skip
 
 __all__ = ["__version__", *sorted(_SUBMODULES)]
 

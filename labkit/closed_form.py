@@ -16,14 +16,12 @@ Taught in chapter 02 (what grows).
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Union
-
 from labkit.errors import ArgumentError
 
 __all__ = ["Form", "symbols"]
 
 Powers = tuple[tuple[str, int], ...]
-Number = Union[int, Fraction]
+Number = int | Fraction
 
 
 class Form:
@@ -115,7 +113,8 @@ class Form:
         for powers, coefficient in self.terms.items():
             for name, power in powers:
                 if name not in sizes:
-                    raise ArgumentError(name, None, "is missing.", f"This form needs {self.symbols}.")
+                    needs = f"This form needs {self.symbols}."
+                    raise ArgumentError(name, None, "is missing.", needs)
                 coefficient *= Fraction(sizes[name]) ** power
             total += coefficient
         return int(total) if total.denominator == 1 else total
@@ -151,7 +150,8 @@ class Form:
         for powers, c in self._ordered():
             sign = "-" if c < 0 else ("+" if text else "")
             c = abs(c)
-            number = str(c) if c.denominator == 1 else rf"\tfrac{{{c.numerator}}}{{{c.denominator}}}"
+            quotient = rf"\tfrac{{{c.numerator}}}{{{c.denominator}}}"
+            number = str(c) if c.denominator == 1 else quotient
             body = r"\,".join(names.get(n, n) + (f"^{{{p}}}" if p != 1 else "") for n, p in powers)
             factor = body if c == 1 and body else (rf"{number}\,{body}" if body else number)
             text += (f" {sign} " if text else sign) + factor

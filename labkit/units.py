@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["KIB", "MIB", "GIB", "format_bytes", "format_rate", "format_seconds", "significant"]
+__all__ = ["GIB", "KIB", "MIB", "format_bytes", "format_rate", "format_seconds", "significant"]
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 _BINARY = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
