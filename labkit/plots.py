@@ -1746,7 +1746,7 @@ def stack_peaks(ax: Axes, series: Mapping[str, Mapping[int, float]]) -> str:
     names = ", ".join(name.replace("_", " ") for name in series)
     return (
         f"Peak of a forward and backward pass against the number of layers, lines for {names}. "
-        "Lines are straight; a form's slope is what one layer keeps."
+        "From two layers on the lines are straight; a form's slope is what one layer keeps."
     )
 
 

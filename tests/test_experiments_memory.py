@@ -106,10 +106,18 @@ def test_an_unknown_form_is_named():
 
 
 @pytest.mark.gpu
-def test_a_limit_on_the_allocator_is_hit_where_predicted():
-    cases = training_memory._length_cases(True)
-    case = next(c for c in cases if (c["form"], c["mode"]) == ("out_of_place", "training"))
+@pytest.mark.parametrize(
+    ("mode", "expandable", "least"),
+    # in training a block cut for dV leaves a piece too small for dP, unless segments can grow
+    [("forward", False, 0.98), ("training", True, 0.98), ("training", False, 0.85)],
+)
+def test_a_limit_on_the_allocator_is_hit_where_predicted(mode, expandable, least):
+    case = next(
+        c
+        for c in training_memory._length_cases(True, "cuda")
+        if (c["form"], c["mode"], c["expandable"]) == ("out_of_place", mode, expandable)
+    )
     result = experiments.Result()
     training_memory._longest(result, case, "cuda")
     (row,) = result.rows
-    assert 0.98 * row["predicted"] < row["bisected"] <= row["predicted"]
+    assert least * row["predicted"] < row["bisected"] <= row["predicted"]

@@ -13,7 +13,8 @@ Three parts, for each form of attention (the variants of naive attention, the sa
 ``longest``
     the longest sequence that fits into a given memory: predicted by the schedule, then found
     by bisection.  On a GPU the allocator is held to that memory and a length fits if the pass
-    does not run out of it.  On a CPU, which cannot be held to a limit honestly, a length
+    does not run out of it.  It falls short of the prediction where the allocator's memory is in
+    pieces that do not fit: see chapter 05.  On a CPU, which cannot be held to a limit honestly, a length
     fits if the traced peak does: that checks the schedule, not the machine.
 
 Taught in chapter 05 (what the backward pass keeps).  Claims C10, C22, C23.
@@ -109,7 +110,8 @@ def run(
     Result with rows of ``kind`` ``"saved"``, ``"peak"`` and ``"longest"``, and the keys
     ``saved_<form>``, ``peak_<form>_<column>``, ``stack<L>_<form>_<column>`` in bytes and
     ``longest_<form>_<mode>_<dtype>_<GiB>_<predicted|bisected>`` in tokens;
-    ``…_ratio`` is the second over the first.
+    ``…_ratio`` is the second over the first, and ``…_expandable`` marks lengths bisected with
+    the allocator's expandable segments.
     """
     from labkit.memory import FORMS
 
@@ -125,7 +127,7 @@ def run(
         for layers in (1,) if form in ("in_place", "softmax_fp32") else (1, 4):
             job = functools.partial(_peak, result, problem, form, layers, device)
             work.append((f"peak, {form}, {layers} layers", job))
-    for case in _length_cases(quick):
+    for case in _length_cases(quick, device):
         text = f"longest, {case['form']} {case['mode']}, {case['gib']} GiB"
         work.append((text, functools.partial(_longest, result, case, device)))
     for _, job in steps(work, progress, lambda w: w[0]):
@@ -189,6 +191,9 @@ def _peak(result: Result, problem: dict[str, Any], form: str, layers: int, devic
         value = getattr(report, column)
         if value is not None:
             result.add(f"{name}_{column}", value, "bytes", f"peak above the inputs; {where}")
+    if report.measured is not None and report.traced is not None:
+        how = f"measured − traced: made and freed inside operators; {where}"
+        result.add(f"{name}_scratch", report.measured - report.traced, "bytes", how)
     if report.measured is not None:
         how = f"measured peak over the bytes of S; {where}"
         result.add(f"{name}_in_s", report.measured / forms["S"], "1", how)
@@ -209,28 +214,30 @@ def _stack_peak(form: str, layers: int, one: int, forms: dict[str, int]) -> int:
 # -- the longest sequence ----------------------------------------------------------
 
 
-def _length_cases(quick: bool) -> list[dict[str, Any]]:
+def _length_cases(quick: bool, device: str) -> list[dict[str, Any]]:
     from labkit.memory import VARIANTS
 
     base = {"heads": 16, "batch": 1, "head_dim": 64}
 
-    def case(form, mode, dtype, gib):
-        return {"form": form, "mode": mode, "dtype": dtype, "gib": gib, **base}
+    def case(form, mode, dtype, gib, expandable=False):
+        about = {"form": form, "mode": mode, "dtype": dtype, "gib": gib, "expandable": expandable}
+        return about | base
 
-    caps = ["12"] if quick else list(CAPS)
     cases = [
-        case(form, mode, "float16", gib)
-        for gib in caps
-        for mode in ("forward", "training")
-        for form in VARIANTS
+        case(form, mode, "float16", "12") for mode in ("forward", "training") for form in VARIANTS
     ]
-    cases += [case("checkpointed", "training", "float16", gib) for gib in caps]
+    cases += [case("checkpointed", "training", "float16", "12")]
     cases += [case("out_of_place", mode, "float32", "12") for mode in ("forward", "training")]
     cases += [
         case("fused", mode, dtype, "12")
         for mode in ("forward", "training")
         for dtype in ("float16", "float32")
     ]
+    caps = ["12"] if quick else list(CAPS)
+    for gib in caps[1:]:
+        cases += [case("out_of_place", mode, "float16", gib) for mode in ("forward", "training")]
+    if device == "cuda":
+        cases += [case("out_of_place", "training", "float16", gib, True) for gib in caps]
     return cases
 
 
@@ -257,7 +264,8 @@ def _longest(result: Result, case: dict[str, Any], device: str) -> None:
         how = "not bisected: the card has less memory"
     elif device == "cuda":
         how = "torch's caching allocator held to the limit"
-        with _held_to(limit) as before:
+        how += ", expandable segments" if case["expandable"] else ""
+        with _held_to(limit, case["expandable"]) as before:
             bisected = bisect_length(functools.partial(_runs, case, sizes), predicted)
     else:
         how = "traced peak and inputs within the limit"
@@ -271,8 +279,10 @@ def _longest(result: Result, case: dict[str, Any], device: str) -> None:
     where = f"batch {case['batch']}, {case['heads']} heads, head_dim {case['head_dim']}"
     result.add(f"{name}_predicted", predicted, "tokens", f"by the schedule; {where}")
     if bisected is not None:
-        result.add(f"{name}_bisected", bisected, "tokens", f"{how}; {where}")
-        result.add(f"{name}_ratio", bisected / predicted, "1", f"bisected over predicted; {where}")
+        kind = "_expandable" if case["expandable"] else ""
+        ratio = bisected / predicted
+        result.add(f"{name}_bisected{kind}", bisected, "tokens", f"{how}; {where}")
+        result.add(f"{name}_ratio{kind}", ratio, "1", f"bisected over predicted; {how}; {where}")
 
 
 def bisect_length(fits: Callable[[int], bool], guess: int, *, exact: bool = False) -> int | None:
@@ -361,13 +371,15 @@ def _total_memory() -> int:
 
 
 @contextmanager
-def _held_to(limit: int) -> Iterator[int]:
+def _held_to(limit: int, expandable: bool) -> Iterator[int]:
     """Hold the caching allocator to ``limit`` bytes; yields what it holds before the first pass."""
     import torch
 
     from labkit.memory.measuring import settle_cublas
 
     settle_cublas("cuda")
+    if expandable:
+        _allocator_settings("expandable_segments:True")
     torch.cuda.set_per_process_memory_fraction(limit / _total_memory())
     try:
         yield torch.cuda.memory_reserved()
@@ -375,3 +387,13 @@ def _held_to(limit: int) -> Iterator[int]:
         torch.cuda.set_per_process_memory_fraction(1.0)
         gc.collect()
         torch.cuda.empty_cache()
+        if expandable:
+            _allocator_settings("expandable_segments:False")
+
+
+def _allocator_settings(text: str) -> None:
+    """What ``PYTORCH_CUDA_ALLOC_CONF`` sets at the start of a program, later."""
+    import torch
+
+    new = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (new or torch.cuda.memory._set_allocator_settings)(text)
