@@ -14,8 +14,8 @@ Three parts, for each form of attention (the variants of naive attention, the sa
     the longest sequence that fits into a given memory: predicted by the schedule, then found
     by bisection.  On a GPU the allocator is held to that memory and a length fits if the pass
     does not run out of it.  It falls short of the prediction where the allocator's memory is in
-    pieces that do not fit: see chapter 05.  On a CPU, which cannot be held to a limit honestly, a length
-    fits if the traced peak does: that checks the schedule, not the machine.
+    pieces that do not fit: see chapter 05.  On a CPU, which cannot be held to a limit honestly,
+    a length fits if the traced peak does: that checks the schedule, not the machine.
 
 Taught in chapter 05 (what the backward pass keeps).  Claims C10, C22, C23.
 """
