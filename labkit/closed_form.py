@@ -16,6 +16,7 @@ Taught in chapter 02 (what grows).
 from __future__ import annotations
 
 from fractions import Fraction
+
 from labkit.errors import ArgumentError
 
 __all__ = ["Form", "symbols"]
