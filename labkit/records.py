@@ -39,6 +39,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_HALF_UP, Decimal
+from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -181,9 +182,11 @@ class Figures:
 
     def _result(self, key: str) -> Mapping[str, Any]:
         if key not in self.results:
-            known = ", ".join(sorted(self.results)) or "none"
+            # a record holds hundreds of keys: name the likeliest
+            near = get_close_matches(key, self.results, n=4, cutoff=0.3) or sorted(self.results)[:4]
+            known = f"{', '.join(near) or 'none'} (of {len(self.results)} keys)"
             raise RecordError(
-                f"{self.label}: has no result {key!r}. It has: {known}. "
+                f"{self.label}: has no result {key!r}. Nearest: {known}. "
                 f"Correct the key, or run the experiment again: `python -m labkit record`."
             )
         return self.results[key]
@@ -197,7 +200,7 @@ class Figures:
         Raises
         ------
         RecordError
-            if there is no such key; the message lists the keys.
+            if there is no such key; the message names the nearest keys.
         """
         return self._result(key)["value"]
 

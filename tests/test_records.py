@@ -163,9 +163,11 @@ def test_a_foreign_or_edited_record_is_refused(root, change, message):
     assert "demo.json" in str(caught.value) and "record demo" in str(caught.value)
 
 
-def test_a_missing_key_lists_the_keys_that_exist(root):
-    with pytest.raises(RecordError, match=r"'copy_peek'.*copy_peak, error, error_up"):
+def test_a_missing_key_names_the_nearest_that_exist(root):
+    with pytest.raises(RecordError, match=r"'copy_peek'\. Nearest: copy_peak\b.*\(of \d+ keys\)"):
         records.load("demo", root=root).value("copy_peek")
+    with pytest.raises(RecordError, match=r"'zzz'\. Nearest: \w+"):
+        records.load("demo", root=root).value("zzz")
 
 
 @pytest.mark.parametrize(
