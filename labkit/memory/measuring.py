@@ -24,6 +24,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -95,7 +96,8 @@ class MemoryReport:
 
     def __str__(self) -> str:
         lines = [f"{name:<10} {text}" for name, text in self._cells()]
-        return "\n".join([*lines, *self._notes()])
+        notes = [textwrap.fill(note, 84, subsequent_indent="  ") for note in self._notes()]
+        return "\n".join([*lines, *notes])
 
     def _repr_html_(self) -> str:
         body = "".join(
