@@ -27,7 +27,7 @@ would give NaN.
 Grouped-query attention (fewer KV heads than query heads) costs no copy of K or V: the
 queries of a group are stacked as more rows of one matrix product.  If q is not contiguous
 in (heads, seq_len), stacking copies q once, N·d elements; repeating K and V for each
-query head would copy group − 1 times theirs.
+query head would make copies of group times their size.
 
 Imports downwards: errors, dtypes, shapes, memory.  Loads torch.
 """

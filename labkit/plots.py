@@ -734,11 +734,14 @@ def _runs(start: int, bottoms: Sequence[float]) -> list[tuple[int, int, float]]:
 
 
 def _colour_of(name: str, t: Theme) -> str:
-    """A tensor's own colour if its name starts with a known one, else one by its name."""
+    """A tensor's own colour if its name starts with a known one; a trace knows operators only."""
     head = name.split()[0] if name.split() else name
     if head in t.tensors:
         return t.tensors[head]
-    return t.cycle[sum(map(ord, head)) % len(t.cycle)]
+    # what the operators of attention make: products and what is done to them, then P
+    likely = dict.fromkeys(("QKᵀ", "bmm", "mul", "masked_fill", "div"), t.tensors["S"])
+    likely["_softmax"] = t.tensors["P"]
+    return likely.get(head, t.purple)
 
 
 # -- scaling -----------------------------------------------------------------------
