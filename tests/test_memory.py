@@ -456,6 +456,33 @@ def test_a_run_does_not_profit_from_the_one_before():
     assert w.grad is None
 
 
+def test_gradients_of_the_run_before_are_dropped_first():
+    w = torch.ones(1000, requires_grad=True)
+
+    def step(w):
+        (w * w).sum().backward()
+        with torch.no_grad():
+            return torch.cat([w, w, w])  # beside the new gradient
+
+    assert measure(step, w).measured - 16000 in range(17)
+
+
+def test_what_dies_but_was_alive_before_is_not_counted():
+    calls, held = [], []
+
+    def hold_then_drop(x):
+        calls.append(len(calls))  # trace, warm-up, measured run; and again
+        if len(calls) == 3:
+            held.append(x + x)
+        if len(calls) == 6:
+            held.clear()
+        return x * x
+
+    x = torch.ones(1000)
+    assert measure(hold_then_drop, x).measured == 8000
+    assert measure(hold_then_drop, x).measured == 4000
+
+
 def test_what_cannot_be_measured_is_never_zero(monkeypatch):
     monkeypatch.setattr(
         measuring,

@@ -134,8 +134,7 @@ def saved_for_backward(fn: Callable, *args: Any, **kwargs: Any) -> SavedReport:
     Returns
     -------
     SavedReport
-        storages in the order in which they were saved.  Python numbers that torch keeps
-        as zero-dimensional tensors (8 bytes each) are left out.  Inside
+        storages in the order in which they were saved; numbers are no tensors.  Inside
         ``torch.utils.checkpoint`` nothing is saved, so nothing is listed but what the
         caller keeps: the inputs, which live anyway.
 
@@ -170,8 +169,7 @@ def _look(fn: Callable, args: tuple, kwargs: dict, inputs: list[torch.Tensor]) -
         # Detached: an operator's own output is saved too, and a node that holds its output
         # through Python would hold itself, out of the garbage collector's sight.
         tensor = tensor.detach()
-        if tensor.dim() or tensor.device != inputs[0].device:
-            kept.setdefault(_key(tensor), tensor)
+        kept.setdefault(_key(tensor), tensor)
         return _Packed(tensor)
 
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda packed: packed.tensor):
@@ -193,7 +191,6 @@ def _look(fn: Callable, args: tuple, kwargs: dict, inputs: list[torch.Tensor]) -
                 tuple(names.get(key, ())),
             )
             for key, t in kept.items()
-            if t.dim()
         )
     )
 
