@@ -1,0 +1,72 @@
+"""Figures: one style, in light and dark, with alt text.
+
+A figure function draws on Axes and is wrapped by ``figure``.  Calling it
+draws nothing yet; it returns a ``Drawing``, which is drawn twice, once per
+theme, when it is shown::
+
+    plots.show(plots.memory_bars(table), alt="Bars: bytes of each tensor …")
+
+What a notebook stores is the light PNG, with the dark one and the alt text in its
+metadata: the book shows the one that fits the reader's theme, print takes the
+light one.  Alt text is required, and holds no measured figure: it says which axes
+there are and what to see.
+
+House rules: units on each axis, sizes on axes of powers of two, labels beside the
+lines instead of a legend, colours that stay apart for colour-blind readers
+(after Okabe and Ito) and that never carry a meaning alone.
+
+Loads matplotlib on use, neither torch nor Triton.
+"""
+
+from __future__ import annotations
+
+from labkit.plots.axes import bytes_axis, end_labels, size_axis
+from labkit.plots.drawing import Drawing, Shown, draw, figure, show
+from labkit.plots.flow import data_flow
+from labkit.plots.growth import growth, here_beside_recorded, launch_overhead, scaling_fit
+from labkit.plots.hierarchy import (
+    access_order,
+    bytes_in_flight,
+    hierarchy_bandwidth,
+    hierarchy_latency,
+    reuse,
+)
+from labkit.plots.memory import memory_bars, timeline
+from labkit.plots.rooflines import dram_ledger, intensity_limits, roofline, time_bounds
+from labkit.plots.style import DARK, LIGHT, Theme, theme, use_style
+from labkit.plots.training import longest_lengths, saved_bars, stack_peaks
+
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "Drawing",
+    "Shown",
+    "Theme",
+    "access_order",
+    "bytes_axis",
+    "bytes_in_flight",
+    "data_flow",
+    "dram_ledger",
+    "draw",
+    "end_labels",
+    "figure",
+    "growth",
+    "here_beside_recorded",
+    "hierarchy_bandwidth",
+    "hierarchy_latency",
+    "intensity_limits",
+    "launch_overhead",
+    "longest_lengths",
+    "memory_bars",
+    "reuse",
+    "roofline",
+    "saved_bars",
+    "scaling_fit",
+    "show",
+    "size_axis",
+    "stack_peaks",
+    "theme",
+    "time_bounds",
+    "timeline",
+    "use_style",
+]
