@@ -16,8 +16,10 @@ said once here and hold for the whole table:
   ``tf32``, ``float16``, ``bfloat16`` and ``float8_e4m3fn`` are the tensor cores', with
   float32 accumulation.  GeForce cards accumulate in float32 at half the rate at which they
   accumulate in float16: :attr:`Card.float16_accumulate_float16` has the faster one.
-* **Peaks are at the boost clock.**  A card under load is held by its power limit; chapter 04
-  measures what is left.
+* **Peaks are at the clock that the data sheet assumes.**  That is the boost clock, except that
+  H100 and H200 state a lower one for the tensor cores: :attr:`Card.tensor_clock_hz` (SXM: 1.83
+  GHz beside 1.98).  A card under load is held by its power limit; chapter 04 measures what is
+  left.
 
 What depends on the compute capability alone stands once, in :data:`CAPABILITIES`.
 

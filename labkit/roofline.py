@@ -547,7 +547,8 @@ def special_rate(sm_count: int, clock_hz: float) -> float:
     """Exponentials per second that the special-function units of a GPU can deliver.
 
     ``sm_count × 16 × clock_hz``: for an H100 SXM (132 SMs at 1.83 GHz) 3.9 × 10¹² per second,
-    the figure of the FlashAttention-3 paper.
+    the figure of the FlashAttention-3 paper.  Compared with a peak of the tensor cores, take
+    the clock of that peak (``Card.tensor_clock_hz``): both units run on one clock.
 
     >>> f"{special_rate(132, 1.83e9):.2e}"
     '3.86e+12'
@@ -650,7 +651,7 @@ class Roofline:
     label : what a legend writes.
     source : ``"spec"`` or ``"measured"``.
     vector_flops : FLOP/s outside matrix products (CUDA cores, float32), where known.
-    special_rate : exponentials per second, where known.
+    special_rate : exponentials per second, where known; at the clock of ``peak_flops``.
 
     Raises
     ------
@@ -704,7 +705,7 @@ class Roofline:
             f"{card.name}, {name}, data sheet",
             "spec",
             card.peak.get("float32"),
-            special_rate(card.sm_count, card.boost_clock_hz),
+            special_rate(card.sm_count, card.tensor_clock_hz),
         )
 
     @classmethod
@@ -732,7 +733,7 @@ class Roofline:
             f"{gpu or 'this machine'}, {name}, measured",
             "measured",
             card.peak.get("float32") if card else None,
-            special_rate(card.sm_count, card.boost_clock_hz) if card else None,
+            special_rate(card.sm_count, card.tensor_clock_hz) if card else None,
         )
 
     @property

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import labkit.roofline as module
+from labkit import hardware
 from labkit.closed_form import Form, symbols
 from labkit.errors import ArgumentError
 from labkit.roofline import Point, Ratio, Roofline, Step, problem, special_rate, steps, total
@@ -284,7 +285,8 @@ CARD = SimpleNamespace(
     peak={"bfloat16": 100e12, "float32": 10e12},
     memory_bandwidth=1e12,
     sm_count=10,
-    boost_clock_hz=1e9,
+    boost_clock_hz=1.5e9,
+    tensor_clock_hz=1e9,
 )
 
 
@@ -301,6 +303,17 @@ def test_special_function_ceiling_is_charged_apart_from_the_cores():
     assert plain.parts["vector"] == 5 * n2 / 10e12 and "special" not in plain.parts
     # and with one peak only, everything runs at it
     assert Roofline(100e12, 1e12).time_of(softmax, **at).parts["tensor"] == 5 * n2 / 100e12
+
+
+def test_products_and_exponentials_are_bounded_at_one_clock():
+    """An H100's SM does 4096 operations or 16 exponentials in a clock (FlashAttention-3)."""
+    for key in ("h100-sxm", "h200"):
+        roof, card = Roofline.from_card(key, "float16"), hardware.card(key)
+        assert roof.special_rate == 132 * 16 * 1.83e9
+        assert card.tensor_clock_hz < card.boost_clock_hz  # or the choice below tests nothing
+        assert roof.peak_flops / roof.special_rate == pytest.approx(4096 / 16, rel=1e-4)
+        parts = roof.time_of(steps("fused")[0], seq_len=4096, head_dim=64, dtype="float16").parts
+        assert parts["special"] == pytest.approx(parts["tensor"], rel=1e-4)
 
 
 def test_kernels_in_a_row_add_their_bounds():

@@ -242,7 +242,7 @@ def roofline(
                                 "peak_float32": c.peak["float32"],
                                 "vector_peak": c.peak["float32"],
                                 "bandwidth": c.memory_bandwidth,
-                                "special": special_rate(c.sm_count, c.boost_clock_hz),
+                                "special": special_rate(c.sm_count, c.tensor_clock_hz),
                             },
                         )
                         for key, c in found.items()
