@@ -273,7 +273,7 @@ def test_modules_that_name_a_chapter_are_named_by_it():
     for _, path in modules():
         name = path.relative_to(ROOT).as_posix()
         first = (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").replace("\n", " ")
-        for sentence in re.findall(r"Taught in [^.]*", first):
+        for sentence in re.findall(r"Taught in .*?(?=, used|[.;]|$)", first):
             for chapter in re.findall(r"\b(\d\d)\b", sentence):
                 folders = [f"{parent.as_posix()}/" for parent in Path(name).parents[:-2]]
                 if chapter in there and not any(n in there[chapter] for n in (name, *folders)):

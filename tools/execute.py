@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -43,6 +44,8 @@ METADATA = {
     },
 }
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
+#: an id that was given here; other tools give shorter ones
+_ID = re.compile(r"[0-9a-f]{12}")
 #: what a cell may say about itself
 KEPT = ("tags", "mystnb")
 
@@ -50,7 +53,8 @@ KEPT = ("tags", "mystnb")
 def normalise(notebook: NotebookNode, name: str) -> NotebookNode:
     """Take out what varies without meaning: see the module's docstring.
 
-    Cell ids are made from what the cell says, so converting a draft again gives the same ids.
+    A new cell's id is made from what it says, so converting a draft again gives the same ids; an
+    id once given stays, whatever is edited later.
     """
     first_cell.put(notebook, name, *first_cell.address(ROOT))
     notebook.metadata = nbformat.from_dict(METADATA)
@@ -59,7 +63,8 @@ def normalise(notebook: NotebookNode, name: str) -> NotebookNode:
     for cell in notebook.cells:
         cell.source = cell.source.rstrip()
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k in KEPT})
-        if cell.id not in (first_cell.CODE_ID, first_cell.LINK_ID):
+        named = cell.id in (first_cell.CODE_ID, first_cell.LINK_ID) or _ID.fullmatch(cell.id)
+        if not named or cell.id in taken:
             text = f"{cell.cell_type}\0{cell.source}"
             cell.id = hashlib.sha256(text.encode()).hexdigest()[:12]
             while cell.id in taken:
