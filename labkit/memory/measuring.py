@@ -96,7 +96,7 @@ class MemoryReport:
 
     def __str__(self) -> str:
         lines = [f"{name:<10} {text}" for name, text in self._cells()]
-        notes = [textwrap.fill(note, 84, subsequent_indent="  ") for note in self._notes()]
+        notes = [textwrap.fill(note, 72, subsequent_indent="  ") for note in self._notes()]
         return "\n".join([*lines, *notes])
 
     def _repr_html_(self) -> str:
@@ -370,7 +370,12 @@ def _gaps(
             extra[match] -= 1
     unexplained = [(size, op, n) for (size, op), n in extra.items() if n > 0]
     numbers = sum(size * n for size, _, n in unexplained if size <= 8)
-    texts = [_scratch(*one) for one in sorted(unexplained, reverse=True) if one[0] > 8]
+    scratch: dict[str, list[str]] = {}
+    for size, op, count in sorted(unexplained, reverse=True):
+        if size > 8:
+            times = f"{count} × " if count > 1 else ""
+            scratch.setdefault(op or "a library call", []).append(times + format_bytes(size))
+    texts = [f"{' and '.join(s)} inside {op} while it runs" for op, s in scratch.items()]
     if numbers:
         texts.append(f"{numbers} bytes for Python numbers, which torch wraps as tensors")
     why = "; ".join(texts) if texts else "the two peak at different operations"
@@ -381,11 +386,6 @@ def _gaps(
         )
     out.append(f"{difference}{why}.")
     return tuple(out)
-
-
-def _scratch(size: int, op: str, count: int) -> str:
-    times = f"{count} × " if count > 1 else ""
-    return f"{times}{format_bytes(size)} inside {op or 'a library call'} while it runs"
 
 
 def _alive_text(traced: Trace) -> str:
