@@ -260,7 +260,7 @@ _CLAIMS = (
         "From N = 256 to 2048 the time goes as t, 4t, 16t, 64t.",
         "depends: measured",
         "The operations do; the time follows only once the device is full, and before that "
-        "launching the kernels takes as long as running them.",
+        "launching the kernels takes longer than running them.",
         "02",
     ),
     Claim(
