@@ -27,7 +27,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any
 
 from labkit.errors import LabError
@@ -49,7 +49,8 @@ def run(*, quick: bool, device: str | None = None, progress: Progress | None = N
         ``results``: ``copy_peak``, ``copy_cache_peak``, ``read_peak``, ``l2_read_peak``,
         ``l1_read_peak``, ``shared_peak`` (B/s); ``latency_{l1,l2,memory}`` (s) and
         ``…_cycles``; ``sm_clock`` (Hz); ``matmul_<dtype>_{ours,torch}_{burst,sustained}``
-        (FLOP/s); ``launch_*`` (s); and ratios of these.  On a CPU: the copies and the products.
+        (FLOP/s); ``launch_*`` (s); ``bytes_in_flight`` and ``bytes_in_flight_per_sm`` (bytes);
+        and ratios of these.  On a CPU: the copies and the products.
         ``rows``: one per point, ``kind`` as in the list above.
     """
     import torch
@@ -252,9 +253,13 @@ def _copy(result: Result, quick: bool) -> None:
 
 
 def _whole_chunks(size: int) -> int:
-    """``size`` rounded to 8 KiB per multiprocessor, so that the programs share it evenly."""
+    """``size`` rounded so that 8 programs on each multiprocessor share it evenly.
+
+    A program loads 8 KiB at a time; a buffer too small for a load each has fewer programs.
+    """
     unit = 8 * KIB * _sms()
-    return max(1, round(size / unit)) * unit
+    loads = max(1, round(size / unit))
+    return (loads if loads <= 8 else round(loads / 8) * 8) * unit
 
 
 def _int32(size: int):
@@ -267,13 +272,15 @@ def _read(result: Result, quick: bool) -> None:
     from labkit import kernels
     from labkit.timing import time_fn
 
-    sizes = [2**p for p in range(20, 31)] + [s * MIB for s in (12, 24, 28, 40, 48, 56, 80, 96)]
+    sizes = [2**p for p in range(20, 34)] + [s * MIB for s in (24, 40, 48, 56, 72, 80, 96)]
+    if quick:
+        sizes = [2**p for p in (20, 22, 24, 25, 26, 28, 30, 32)]
     rows = []
-    for size in sorted(map(_whole_chunks, sizes[::3] if quick else sizes)):
+    for size in sorted(set(map(_whole_chunks, sizes))):
         if 2 * size > _free():
             continue
         x = _int32(size)
-        repeats = max(4, 4 * GIB // size)
+        repeats = max(1, 4 * GIB // size)
         total = int(x.sum()) * repeats % 2**32
         error = _equal("read_sum", int(kernels.read_sum(x, repeats)), total)
         timing = time_fn(
@@ -289,7 +296,9 @@ def _read(result: Result, quick: bool) -> None:
     l2 = _l2_bytes()
     what = "integer sum read past L1 (ld.global.cg)"
     _add_rate(result, "l2_read_peak", _best([r for r in rows if r["bytes"] <= l2]), what)
-    _add_rate(result, "read_peak", _best([r for r in rows if r["bytes"] >= 8 * l2]), what)
+    # Of the largest buffer alone, read once: of smaller ones, read again, L2 still holds a part,
+    # and their rate is not that of memory.
+    _add_rate(result, "read_peak", rows[-1], f"{what}, {rows[-1]['repeats']} reading(s)")
     value = result.value
     result.add(
         "l2_to_memory", value("l2_read_peak") / value("read_peak"), "1", "l2_read_peak / read_peak"
@@ -301,7 +310,7 @@ def _read_l1(result: Result, quick: bool) -> None:
     from labkit.timing import time_fn
 
     rows = []
-    for per_sm in (64,) if quick else (16, 32, 64, 96, 128):  # KiB
+    for per_sm in (64,) if quick else (16, 32, 64, 128, 192, 256):  # KiB
         size = per_sm * KIB * _sms()
         x = _int32(size)
         repeats = 24 * GIB // size
@@ -318,6 +327,8 @@ def _read_l1(result: Result, quick: bool) -> None:
         rows.append(_row("read_l1", timing, **columns, bandwidth=rate, error=error))
     result.rows += rows
     _add_rate(result, "l1_read_peak", _best(rows), "integer sum, each program its own part")
+    ratio = result.value("l1_read_peak") / result.value("read_peak")
+    result.add("l1_to_read_peak", ratio, "1", "l1_read_peak / read_peak")
 
 
 def _shared(result: Result, quick: bool) -> None:
@@ -349,6 +360,10 @@ def _shared(result: Result, quick: bool) -> None:
         slower = row["median_ms"] / rows[0]["median_ms"]
         what = f"time with {row['ways']} lanes per bank over time without conflict"
         result.add(f"bank_conflict_{row['ways']}", slower, "1", what)
+    relative = [row["median_ms"] / rows[0]["median_ms"] for row in rows]
+    offset = linear_regression([row["ways"] for row in rows], relative).intercept
+    what = "time at 0 lanes per bank over time without conflict, on the line fitted to all degrees"
+    result.add("bank_conflict_offset", offset, "1", what)
     value = result.value
     for other in ("read_peak", "copy_peak"):
         result.add(
@@ -439,6 +454,12 @@ def _latency(result: Result, quick: bool) -> None:
         "bytes",
         "read_peak × latency_memory (Little's law)",
     )
+    result.add(
+        "bytes_in_flight_per_sm",
+        value("bytes_in_flight") / _sms(),
+        "bytes",
+        f"bytes_in_flight / {_sms()} multiprocessors",
+    )
 
 
 def _check_chase(chain, level: str) -> float:
@@ -486,18 +507,23 @@ def _reuse(result: Result, quick: bool) -> None:
     # So few programs that all of them run at once: each block is then read by all together.
     programs = 8 * _sms()
     block = 16 * KIB * programs
-    blocks = max(2, min(64, _free() // 4 // block))
+    # So large that what L2 still holds of it at the next reading hardly counts: less than a
+    # hundredth of 8 GiB.
+    blocks = max(2, min((GIB if quick else 8 * GIB) // block + 1, _free() // 4 // block))
     x = _int32(blocks * block)
     once = int(x.sum())
     columns = {"block": block, "bytes": blocks * block}
     timer = {"warmup_ms": 5, "rep_ms": 20 if quick else 60, "flush_l2": False}
     # So often that the first reading of each block, from memory, no longer counts.
-    often = 256
+    often, few = 256, min(blocks, 64)
+    part = x[: few * block // 4]
+    total = int(part.sum()) * often % 2**32
+    _equal("read_sum", int(kernels.read_sum(part, often, programs=programs, blocks=few)), total)
     in_cache = time_fn(
-        lambda: kernels.read_sum(x, often, programs=programs, blocks=blocks), **timer
+        lambda: kernels.read_sum(part, often, programs=programs, blocks=few), **timer
     )
-    rate = in_cache.rate(often * blocks * block)
-    here = columns | {"how": "in cache", "passes": often}
+    rate = in_cache.rate(often * few * block)
+    here = {"block": block, "bytes": few * block, "how": "in cache", "passes": often}
     result.rows.append(_row("reuse", in_cache, **here, bandwidth=rate))
     whole_rate = 0.0
     for passes in (1, 4, 16) if quick else (1, 2, 4, 8, 16, 32):
@@ -512,11 +538,12 @@ def _reuse(result: Result, quick: bool) -> None:
             bandwidth = timing.rate(passes * blocks * block)
             here = columns | {"how": how, "passes": passes, "bandwidth": bandwidth}
             result.rows.append(_row("reuse", timing, **here, error=error))
-        whole_rate = max(whole_rate, both["whole"].rate(passes * blocks * block))
+        if passes == 1:
+            whole_rate = both["whole"].rate(blocks * block)
         what = f"{passes} readings of {format_bytes(blocks * block)}: whole over in blocks of "
         speedup = both.ratios("whole")["blocks"]
         result.add(f"reuse_{passes}", speedup, "1", what + format_bytes(block))
-    what = "read bandwidth of a block in L2 over that of the whole buffer"
+    what = "read bandwidth of a block in L2 over that of the whole buffer, read once"
     result.add("reuse_ratio", rate / whole_rate, "1", what)
 
 
