@@ -195,7 +195,8 @@ _CLAIMS = (
         "400 cycles: ten times the bandwidth.",
         "depends: measured",
         "Sizes and bandwidths are an A100's by data sheet, and each card has its own; latencies "
-        "are in no data sheet, so the chapter measures them.",
+        "are in no data sheet: the chapter measures those of L1, L2 and HBM on an H200 and "
+        "quotes others for shared memory.",
         "03",
     ),
     Claim(
@@ -275,8 +276,9 @@ _CLAIMS = (
         "Shared memory has 19 TB/s against 1.5 TB/s of HBM, so tiling makes attention 12 times "
         "faster.",
         "refuted",
-        "The ratio of bandwidths is right for an A100 40 GB; it bounds the gain of a step whose "
-        "whole traffic moves on chip, and is not the speed-up of attention.",
+        "The ratio of bandwidths is right for an A100 40 GB; the speed-up of attention follows "
+        "from the bytes that disappear and from the arithmetic; it depends on N and on the "
+        "baseline.",
         "03",
     ),
     Claim(

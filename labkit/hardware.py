@@ -823,6 +823,9 @@ _ROWS = (
         tensor_clock_hz=_GH100,
         sm_count=f"same SMs as the H100 SXM: {_GH100}",
         boost_clock_hz="nvidia-smi on H200s — https://github.com/awslabs/amazon-eks-ami/pull/1985",
+        usable=150109880320,
+        usable_bytes="cudaDeviceProp.totalGlobalMem, read on an H200 (records/nvidia-h200) — "
+        "https://docs.nvidia.com/cuda/cuda-runtime-api/structcudaDeviceProp.html",
         l2_bytes=f"all of GH100's L2, its twelve memory controllers being in use: {_GH100}; "
         "torch.cuda.get_device_properties on an H200 reports the same",
         **{f"peak__{dtype}": _H200_PEAK for dtype in _GH100_PEAKS if dtype not in _CUDA_CORES},

@@ -7,7 +7,10 @@ On CUDA, two events are recorded on the current stream around each call and read
 after both have passed.  Before each call a buffer larger than L2 is overwritten, so
 that no run finds its data in the cache because the run before left it there, and the
 GPU is then kept spinning for as long as the host needs to queue the call: the time
-between the events is the GPU's, and the cost of launching is hidden.
+between the events is the GPU's, and the cost of launching is hidden.  The spin ends
+after 5 ms: of a function that takes longer to queue, such as one of thousands of short
+kernels, the launches that come later are hidden only as far as the GPU is busy with
+those before.
 ``launch="included"`` waits for the GPU to be idle instead, so that the gaps between
 launches count too: that is what a short function costs a program that is not queueing
 ahead.
@@ -398,7 +401,8 @@ def time_many(
     min_samples, max_samples : bounds on the number of rounds, whatever ``rep_ms`` gives.
     device : ``"cuda"``, ``"cpu"`` or None: CUDA if torch is loaded and sees a GPU.
     flush_l2 : on CUDA, overwrite L2 before each sample.
-    launch : on CUDA, ``"hidden"`` queues each call behind a spinning GPU and times the GPU alone;
+    launch : on CUDA, ``"hidden"`` queues each call behind a GPU that spins, for 5 ms at most, and
+        times the GPU alone (a call that takes longer to queue is hidden only in part);
         ``"included"`` starts each on an idle GPU, so that launch gaps count.
     before : called before each sample, outside of the timed interval (after the flush).
 

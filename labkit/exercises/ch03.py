@@ -87,7 +87,7 @@ def bank_ways(answer: Any) -> str:
     return "the busiest bank's different words; a word that many lanes share is read once."
 
 
-@exercise("Bytes in flight")
+@exercise("Loads under way")
 def bytes_in_flight(answer: Any) -> str:
     """Grade ``loads_per_thread(bandwidth, latency, threads, load_bytes)``."""
     cases = (

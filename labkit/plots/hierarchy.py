@@ -167,8 +167,9 @@ def hierarchy_latency(ax: Axes, source: Any, *, l2_bytes: int | None = None) -> 
     end_labels(ax, labels, room=0.2)
     return (
         "Cycles per dependent load against working set. Through L1 a load is several times "
-        "cheaper, until the set no longer fits in one multiprocessor's L1. Past L1 the curve is "
-        "level while the set fits in L2, then climbs to the latency of memory."
+        "cheaper; the sets stop before they outgrow one multiprocessor's L1. Past L1 the curve is "
+        "level over small sets, begins to climb well before the dashed line that marks the size "
+        "of L2, and beyond it bends over towards the latency of memory."
     )
 
 
@@ -308,5 +309,5 @@ def reuse(ax: Axes, source: Any) -> str:
     return (
         "Speed-up of finishing each block while it is in cache, against the number of passes. The "
         "formula starts at 1 for one pass and nears the ratio of the bandwidths, drawn as a dashed "
-        "line, only after many; measured points follow it." + more
+        "line, only after many; measured points lie along it or below." + more
     )
