@@ -256,7 +256,9 @@ def reuse(ax: Axes, source: Any) -> str:
     """
     t = theme()
     ratio = source.value("reuse_ratio")
-    passes = sorted({r["passes"] for r in source.rows if r["kind"] == "reuse" and "error" in r})
+    passes = sorted(
+        {r["passes"] for r in source.rows if r["kind"] == "reuse" and r["how"] == "blocks"}
+    )
     measured = [source.value(f"reuse_{p}") for p in passes]
     curve = [1 + i * (passes[-1] - 1) / 200 for i in range(201)]
     ax.plot(curve, [r / (1 + (r - 1) / ratio) for r in curve], color=t.vermilion, linewidth=1.4)
