@@ -297,7 +297,7 @@ def reuse(ax: Axes, source: Any) -> str:
     )
     ax.annotate(
         "measured, in one kernel" if split else "measured",
-        (passes[0], measured[0]),
+        (passes[1], measured[1]) if split else (passes[0], measured[0]),
         xytext=(10, -10),
         textcoords="offset points",
         va="center",
@@ -311,5 +311,6 @@ def reuse(ax: Axes, source: Any) -> str:
     return (
         "Speed-up of finishing each block while it is in cache, against the number of passes. The "
         "formula starts at 1 for one pass and nears the ratio of the bandwidths, drawn as a dashed "
-        "line, only after many; measured points lie along it or below." + more
+        "line, only after many. Measured points start near 1 and stay at or below the dashed "
+        "line." + more
     )
