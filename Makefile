@@ -82,7 +82,7 @@ lock: $(READY) ## write requirements.txt from what is installed in .venv
 	@$(PY) tools/lock.py
 
 address: $(READY) ## set the repository's address everywhere: make address URL=https://github.com/…
-	@$(PY) tools/address.py $(if $(URL),--set "$(URL)",)
+	@$(PY) tools/address.py $(if $(filter command,$(origin URL)),--set "$(URL)",)
 
 clean: ## remove what was built
 	@rm -rf _build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """Set the repository's address, and rewrite everything that is derived from it.
 
     make address URL=https://github.com/owner/name      # set it
+    make address URL=                                    # take it out again
     make address                                         # derive again from _config.yml
     python tools/address.py --check                      # fail if something derived differs
 
