@@ -328,3 +328,19 @@ def test_plots_load_neither_torch_nor_triton():
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+def test_a_trace_shows_scores_and_probabilities_in_their_own_colours():
+    # A trace knows operators, not tensors: a product is S, what the softmax makes is P.
+    from matplotlib.colors import to_hex
+
+    events = [
+        ("bmm", "bmm [8, 8]", 4 * MIB, 1),
+        ("_softmax", "_softmax [8, 8]", 4 * MIB, 2),
+        ("cos", "cos [8, 8]", 4 * MIB, 3),
+    ]
+    fig, _ = plots.timeline(events).figure("light")
+    drawn = [to_hex(c.get_facecolor()[0]) for c in fig.axes[0].collections]
+    tensors = plots.LIGHT.tensors
+    assert drawn[:3] == [tensors["S"], tensors["P"], plots.LIGHT.purple]
+    assert drawn[0] != drawn[1]
