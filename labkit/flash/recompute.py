@@ -162,7 +162,7 @@ def block_of_pairs(Q, K, V, dO, LSE, D, scale, visible=None):
     ----------
     Q, dO : ``[…, block_q, d]``, ``[…, block_q, dv]``.
     K, V : ``[…, block_k, d]``, ``[…, block_k, dv]``.
-    LSE, D : ``[…, block_q]``, float32 or float64.
+    LSE, D : ``[…, block_q]``, float32 or float64; LSE = ∞ gives a row of zeros.
     scale : multiplies QKᵀ.
     visible : bool ``[block_q, block_k]``, or None if every pair is.
 
@@ -171,9 +171,9 @@ def block_of_pairs(Q, K, V, dO, LSE, D, scale, visible=None):
     P and dS, ``[…, block_q, block_k]``, in the accumulator's dtype.
     """
     S = _product(Q, K.mT) * scale  # (2)
-    P = torch.exp(S - LSE[..., None])  # (3)
     if visible is not None:
-        P = torch.where(visible, P, 0)
+        S = torch.where(visible, S, -math.inf)
+    P = torch.exp(S - LSE[..., None])  # (3)
     dP = _product(dO, V.mT)  # (5)
     dS = P * (dP - D[..., None])  # (6)
     return P, dS
@@ -306,7 +306,8 @@ class _Problem:
         self.Q, self.dO = q.unflatten(1, group), dout.unflatten(1, group)
         self.K, self.V = k.unsqueeze(2), v.unsqueeze(2)
         self.D = delta(dout, out, dlse).unflatten(1, group)  # (1)
-        # A row that saw nothing has LSE −∞; with +∞ in its place its P is e^(S − ∞) = 0.
+        # A row that saw nothing has S = −∞ and LSE = −∞, whose difference is NaN; with +∞ in place
+        # of the LSE its P is 0.
         lse = torch.where(lse == -math.inf, math.inf, lse)
         self.LSE = lse.to(self.wide).unflatten(1, group)
 
