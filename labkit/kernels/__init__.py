@@ -1,4 +1,4 @@
-"""Small Triton kernels that measure a GPU's memory hierarchy and its matrix units.
+"""Small Triton kernels: for a GPU's memory hierarchy, its matrix units, and attention's traffic.
 
 =====================  ==========================================  ==================
 function               question                                    file
@@ -8,6 +8,8 @@ function               question                                    file
 ``pointer_chase``      how long does one access take?              latency.py
 ``shared_gather``      how fast is shared memory?                  shared_memory.py
 ``matmul``             how fast are the matrix units?              gemm.py
+``naive_in_kernels``   what do S and P cost, kernel by kernel?     naive_steps.py
+``tiled_attention``    what does the order of the loops cost?      tiles.py
 =====================  ==========================================  ==================
 
 Each is a ``torch.library.custom_op`` in the namespace ``labkit`` with a fake
@@ -19,7 +21,7 @@ loads its file.  Without Triton that use raises ``MissingDependencyError``.
 Without a GPU the kernels run in Triton's interpreter, slowly and exactly, if it
 was switched on before Triton was imported: see ``use_interpreter_if_no_gpu``.
 
-Taught in chapter 03 (the memory hierarchy).
+Taught in chapter 03 (the memory hierarchy); the last two in chapter 06 (how few bytes?).
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ _HOME = {
     "shared_gather": "shared_memory",
     "shared_gather_bytes": "shared_memory",
     "matmul": "gemm",
+    "naive_in_kernels": "naive_steps",
+    "tiled_attention": "tiles",
 }
 
 __all__ = ["backend", "require_triton", "use_interpreter_if_no_gpu", *sorted(_HOME)]
