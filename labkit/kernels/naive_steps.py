@@ -9,7 +9,7 @@ they move and a profiler can be held against it:
 
 - *scores*: a program makes one block_m × block_n tile of S from block_m rows of Q and block_n
   rows of K.
-- *softmax*: a program takes one row of S, whole: a row must fit into fast memory.
+- *softmax*: a program takes whole rows of S: a row must fit into fast memory.
 - *output*: a program makes block_m rows of O and walks along them in steps of block_n keys.
 
 The mistakes to guard against: a tile that reaches past the last key must be masked to −∞
@@ -65,13 +65,17 @@ def scores_kernel(
 
 
 @triton.jit
-def softmax_kernel(s, p, n_k, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def softmax_kernel(s, p, rows, n_k, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    # Whole rows: the maximum of a row is known before its first exponential.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n = tl.arange(0, BLOCK)
-    S = tl.load(s + row * n_k + n, mask=n < n_k, other=float("-inf")).to(tl.float32)
-    P = tl.exp(S - tl.max(S))
-    P = P / tl.sum(P)
-    tl.store(p + row * n_k + n, P.to(p.dtype.element_ty), mask=n < n_k)
+    tile = row[:, None] * n_k + n[None, :]
+    inside = (row[:, None] < rows) & (n[None, :] < n_k)
+    S = tl.load(s + tile, mask=inside, other=0.0).to(tl.float32)
+    S = tl.where(n[None, :] < n_k, S, float("-inf"))
+    P = tl.exp(S - tl.max(S, 1)[:, None])
+    P = P / tl.sum(P, 1)[:, None]
+    tl.store(p + tile, P.to(p.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -132,10 +136,12 @@ def _softmax(s: torch.Tensor) -> torch.Tensor:
     check_can_launch("s", s)
     p = torch.empty_like(s)
     n_k = s.shape[-1]
-    block = triton.next_power_of_2(n_k)
-    # As many threads as there is work for: 16 elements each, up to the 1024 of a block.
-    warps = max(1, min(32, block // 512))
-    softmax_kernel[(s.numel() // n_k,)](s, p, n_k, BLOCK=block, num_warps=warps)
+    rows, block = s.numel() // n_k, triton.next_power_of_2(n_k)
+    # Short rows share a program; a long one gets all the threads that a program can have.
+    together = max(1, 4096 // block)
+    warps = max(4, min(32, block // 512))
+    grid = (triton.cdiv(rows, together),)
+    softmax_kernel[grid](s, p, rows, n_k, ROWS=together, BLOCK=block, num_warps=warps)
     return p
 
 
