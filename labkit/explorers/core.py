@@ -121,6 +121,10 @@ class Explorer:
         ``table`` : ``head`` and ``rows`` of texts.
     """
 
+    #: files of this package that go into the page
+    script: str = "runtime.js"
+    styles: tuple[str, ...] = ("style.css",)
+
     def __init__(self, spec: Mapping[str, Any]) -> None:
         spec = copy.deepcopy(dict(spec))
         spec["forms"] = {
@@ -182,7 +186,7 @@ class Explorer:
     @property
     def key(self) -> str:
         """Names the content: two explorers with one key are the same explorer."""
-        parts = (self._json(), _asset("runtime.js"), _asset("style.css"))
+        parts = (self._json(), _asset(self.script), *map(_asset, self.styles))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
     def svg(self, layout: str = "wide", **changes: Any) -> str:
@@ -226,11 +230,15 @@ class Explorer:
             f'<input type="checkbox" autocomplete="off"{checked}><span>{label}</span></label></div>'
         )
 
+    def _label(self) -> str:
+        """What a screen reader says of the drawing."""
+        return self.spec["title"]
+
     def html(self) -> str:
         """The fragment that goes into the page: style, figure, inputs, table, script."""
         spec, key = self.spec, self.key
         figures = "".join(
-            f'<svg class="lkx-svg lkx-{name}" role="img" aria-label="{escape(spec["title"])}" '
+            f'<svg class="lkx-svg lkx-{name}" role="img" aria-label="{escape(self._label())}" '
             f'viewBox="0 0 {scene.number(box["w"])} {scene.number(box["h"])}" '
             f'style="font-size:{box["font"]}px">{self.svg(name)}</svg>'
             for name, box in spec["layouts"].items()
@@ -257,10 +265,10 @@ class Explorer:
                 '<p class="lkx-still">This figure has inputs when scripts may run (JavaScript on, '
                 "notebook trusted). What you see is its first state.</p>"
             )
-            script = f"<script>({_asset('runtime.js')})({json.dumps(key)},{self._json()})</script>"
+            script = f"<script>({_asset(self.script)})({json.dumps(key)},{self._json()})</script>"
         return (
             f'<div class="lkx" data-lkx="{key}">'
-            f"<style>{_asset('style.css')}</style>"
+            f"<style>{''.join(map(_asset, self.styles))}</style>"
             f'<figure role="group" aria-label="{escape(spec["title"])}">'
             f"<figcaption><strong>{escape(spec['title'])}</strong> "
             f"<span>{escape(spec['about'])}</span></figcaption>"

@@ -334,6 +334,7 @@ def _classes(style: str) -> str:
 # -- PNG: what prints, and what a viewer without HTML shows -------------------------
 _INK, _SOFT, _GRID = "#1b1f24", "#57606a", "#d8dee4"
 _SERIES = {"a": "#0072b2", "b": "#d55e00", "c": "#00785a", "d": "#9a4d7c", "e": "#57606a"}
+_ALPHA = {"grown": 0.35, "h0": 0.0, "h1": 0.14, "h2": 0.27, "h3": 0.4}
 _INKED = ("cursor", "roof")
 _DASH = {"dashed": (0, (5, 3)), "drop": (0, (2, 3)), "cursor": (0, (3, 3)), "level": (0, (6, 3))}
 
@@ -369,8 +370,16 @@ def png(shapes: list[tuple], width: float, tall: float, *, scale: float = 2.0) -
             )
         elif kind == "rect":
             x, y, w, h = rest[:4]
-            alpha = 0.35 if "grown" in names else 1.0
-            ax.add_patch(Rectangle((x, y), w, h, facecolor=series, alpha=alpha, linewidth=0))
+            alpha = next((_ALPHA[n] for n in names if n in _ALPHA), 1.0)
+            if "box" in names:  # an outline, over whatever it frames
+                edge, wide = (series or _SOFT), (2.0 if series else 0.7)
+                face = _GRID if "gone" in names else "none"
+                ax.add_patch(
+                    Rectangle((x, y), w, h, facecolor=face, edgecolor=edge, linewidth=wide)
+                )
+                continue
+            face = series or "none"
+            ax.add_patch(Rectangle((x, y), w, h, facecolor=face, alpha=alpha, linewidth=0))
         elif kind == "circle":
             x, y, r = rest[:3]
             face = "white" if "ring" in names else "none" if "halo" in names else series
