@@ -21,6 +21,14 @@ Loads matplotlib on use, neither torch nor Triton.
 from __future__ import annotations
 
 from labkit.plots.axes import bytes_axis, end_labels, size_axis
+from labkit.plots.backward import (
+    backward_passes,
+    backward_rates,
+    gradient_errors,
+    kernel_split,
+    ways_memory,
+    ways_time,
+)
 from labkit.plots.drawing import Drawing, Shown, draw, figure, show
 from labkit.plots.flow import data_flow
 from labkit.plots.growth import growth, here_beside_recorded, launch_overhead, scaling_fit
@@ -43,6 +51,8 @@ __all__ = [
     "Shown",
     "Theme",
     "access_order",
+    "backward_passes",
+    "backward_rates",
     "bytes_axis",
     "bytes_in_flight",
     "data_flow",
@@ -50,11 +60,13 @@ __all__ = [
     "draw",
     "end_labels",
     "figure",
+    "gradient_errors",
     "growth",
     "here_beside_recorded",
     "hierarchy_bandwidth",
     "hierarchy_latency",
     "intensity_limits",
+    "kernel_split",
     "launch_overhead",
     "longest_lengths",
     "memory_bars",
@@ -69,4 +81,6 @@ __all__ = [
     "time_bounds",
     "timeline",
     "use_style",
+    "ways_memory",
+    "ways_time",
 ]
