@@ -16,7 +16,7 @@ of tiles as a symbol, and in bytes).  With the largest b that fits, :math:`b \pr
 M_{\text{fast}}/d`, the last two are :math:`\Theta(N^2 d^2 / M_{\text{fast}})`, and no exact
 algorithm does better while :math:`M_{\text{fast}} \ge d^2` (Saha & Ye, 2024).
 
-Symbols: B H Nq Nk d dv e as in ``labkit.memory.forms``; Tq = ⌈Nq/b_m⌉ and Tk = ⌈Nk/b_n⌉ tiles.
+Symbols: B H Hkv Nq Nk d dv e as in ``labkit.memory.forms``; Tq = ⌈Nq/b_m⌉ and Tk = ⌈Nk/b_n⌉ tiles.
 
 Imports: closed_form, dtypes, errors, hardware.  Neither torch nor Triton.
 Taught in chapter 06 (how few bytes could it take?).
@@ -39,6 +39,7 @@ __all__ = [
     "TileLimits",
     "attention_traffic",
     "compulsory_elements",
+    "flash_backward_traffic",
     "kv_rereads",
     "largest_block_m",
     "law",
@@ -55,7 +56,7 @@ ORDERS = ("naive", "two_pass", "kv_outer", "q_outer")
 
 Traffic = Mapping[tuple[str, str], Form]
 
-_B, _H, _NQ, _NK, _D, _DV, _E, _TQ, _TK = symbols("B H Nq Nk d dv e Tq Tk")
+_B, _H, _HKV, _NQ, _NK, _D, _DV, _E, _TQ, _TK = symbols("B H Hkv Nq Nk d dv e Tq Tk")
 _M, _N, _K, _BM, _BN, _TM, _TN = symbols("M N K bm bn Tm Tn")
 _ROW = Form(4)  # the maximum, the sum and the LSE of a row are float32 whatever e is
 
@@ -75,6 +76,7 @@ def tiles_of(
     head_dim_v: int | None = None,
     batch: int = 1,
     heads: int = 1,
+    kv_heads: int | None = None,
     dtype: Any = "float32",
 ) -> dict[str, int]:
     """Checked sizes under the symbols of the forms, tiles counted.
@@ -86,9 +88,11 @@ def tiles_of(
     n_q = check_positive_int("seq_len", seq_len)
     n_k = n_q if seq_len_k is None else check_positive_int("seq_len_k", seq_len_k)
     d = check_positive_int("head_dim", head_dim)
+    h = check_positive_int("heads", heads)
     return {
         "B": check_positive_int("batch", batch),
-        "H": check_positive_int("heads", heads),
+        "H": h,
+        "Hkv": h if kv_heads is None else check_positive_int("kv_heads", kv_heads),
         "Nq": n_q,
         "Nk": n_k,
         "d": d,
@@ -184,6 +188,38 @@ def attention_traffic(order: str) -> dict[tuple[str, str], Form]:
         ("V", "load"): _TQ * V,
         ("O", "store"): O,
         ("LSE", "store"): rows,
+    }
+
+
+def flash_backward_traffic() -> dict[tuple[str, str], Form]:
+    r"""Bytes that the three backward kernels of ``labkit.flash`` move, without a mask.
+
+    *delta* reads O and dO once.  *dK and dV*: a program holds a tile of keys, and all queries
+    go by, with dO, LSE and δ: Tk times.  *dQ*: a program holds a tile of queries, and all keys
+    go by: Tq times.  Two passes, because one program cannot own both sums; a kernel that adds
+    up dQ atomically would read half and write more.
+
+    Symbols as in :func:`attention_traffic`, and Hkv; Tk counts the tiles of keys of the first
+    pass, Tq the tiles of queries of the second.
+    """
+    heads, kv_heads = _B * _H, _B * _HKV
+    row = heads * _NQ * _ROW
+    Q, dO = heads * _NQ * _D * _E, heads * _NQ * _DV * _E
+    # each query head reads its KV head's rows for itself
+    K, V = heads * _NK * _D * _E, heads * _NK * _DV * _E
+    K_once, V_once = kv_heads * _NK * _D * _E, kv_heads * _NK * _DV * _E
+    return {
+        ("O", "load"): dO,
+        ("dO", "load"): dO + _TK * dO + dO,
+        ("delta", "store"): row,
+        ("K", "load"): K_once + _TQ * K,
+        ("V", "load"): V_once + _TQ * V,
+        ("Q", "load"): _TK * Q + Q,
+        ("LSE", "load"): _TK * row + row,
+        ("delta", "load"): _TK * row + row,
+        ("dK", "store"): K_once,
+        ("dV", "store"): V_once,
+        ("dQ", "store"): Q,
     }
 
 
