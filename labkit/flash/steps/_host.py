@@ -71,5 +71,5 @@ def check(q, k, v, scale: float | None) -> tuple[Sizes, float]:
 
 
 def outputs(q) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for O [B, H, N, d] in q's dtype and for LSE [B, H, N] in float32: all that is written."""
+    """All that is written: O [B, H, N, d] in q's dtype and LSE [B, H, N] in float32."""
     return torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)

@@ -61,7 +61,7 @@ def forward_kernel(
     Q = tl.load(q + at, mask=rows[:, None] < N, other=0.0)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    ell = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
 
     for first in range(0, N, BLOCK_N):
@@ -77,13 +77,13 @@ def forward_kernel(
         m_new = tl.maximum(m, tl.max(S, 1))
         P = tl.exp(S - m_new[:, None])
         alpha = tl.exp(m - m_new)
-        l = alpha * l + tl.sum(P, 1)  # noqa: E741
+        ell = alpha * ell + tl.sum(P, 1)
         V = tl.load(v + keys[:, None] * HEAD_DIM + columns, mask=keys[:, None] < N, other=0.0)
         acc = tl.dot(P.to(V.dtype), V, alpha[:, None] * acc, input_precision="ieee")
         m = m_new
 
-    tl.store(o + at, acc / l[:, None], mask=rows[:, None] < N)
-    tl.store(lse + head * N + rows, m + tl.log(l), mask=rows < N)
+    tl.store(o + at, acc / ell[:, None], mask=rows[:, None] < N)
+    tl.store(lse + head * N + rows, m + tl.log(ell), mask=rows < N)
 
 
 def forward(q, k, v, *, causal: bool = False, scale: float | None = None, tiles=None):

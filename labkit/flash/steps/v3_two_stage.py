@@ -45,17 +45,15 @@ L2_SHARE = 16 * 2**20
 
 @triton.jit
 def attend(
-    Q, m, l, acc, k, v, rows, columns, N, scale_log2e, first_key, last_key,  # noqa: E741
+    Q, m, ell, acc, k, v, rows, columns, N, scale_log2e, first_key, last_key,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The update of step 2 for the keys from first_key to last_key."""
     for first in range(first_key, last_key, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         kv_at = keys[:, None] * HEAD_DIM + columns
-        if MASKED:
-            K = tl.load(k + kv_at, mask=keys[:, None] < N, other=0.0)
-        else:
-            K = tl.load(k + kv_at)
+        inside = keys[:, None] < N
+        K = tl.load(k + kv_at, mask=inside, other=0.0) if MASKED else tl.load(k + kv_at)
         S = tl.dot(Q, K.T, input_precision="ieee")
 
         if MASKED:
@@ -67,14 +65,11 @@ def attend(
         m_new = tl.maximum(m, tl.max(S, 1) * scale_log2e)
         P = tl.exp2(S * scale_log2e - m_new[:, None])
         alpha = tl.exp2(m - m_new)
-        l = alpha * l + tl.sum(P, 1)  # noqa: E741
-        if MASKED:
-            V = tl.load(v + kv_at, mask=keys[:, None] < N, other=0.0)
-        else:
-            V = tl.load(v + kv_at)
+        ell = alpha * ell + tl.sum(P, 1)
+        V = tl.load(v + kv_at, mask=inside, other=0.0) if MASKED else tl.load(v + kv_at)
         acc = tl.dot(P.to(V.dtype), V, alpha[:, None] * acc, input_precision="ieee")
         m = m_new
-    return m, l, acc
+    return m, ell, acc
 
 
 @triton.jit
@@ -111,7 +106,7 @@ def forward_kernel(
     Q = tl.load(q + at, mask=rows[:, None] < N, other=0.0)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    ell = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
 
     if CAUSAL:
@@ -120,17 +115,17 @@ def forward_kernel(
     else:
         whole = N // BLOCK_N * BLOCK_N
         end = N
-    m, l, acc = attend(
-        Q, m, l, acc, k, v, rows, columns, N, scale_log2e, 0, whole,
+    m, ell, acc = attend(
+        Q, m, ell, acc, k, v, rows, columns, N, scale_log2e, 0, whole,
         False, CAUSAL, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
-    m, l, acc = attend(
-        Q, m, l, acc, k, v, rows, columns, N, scale_log2e, whole, end,
+    m, ell, acc = attend(
+        Q, m, ell, acc, k, v, rows, columns, N, scale_log2e, whole, end,
         True, CAUSAL, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
 
-    tl.store(o + at, acc / l[:, None], mask=rows[:, None] < N)
-    tl.store(lse + head * N + rows, (m + tl.log2(l)) * LN_2, mask=rows < N)
+    tl.store(o + at, acc / ell[:, None], mask=rows[:, None] < N)
+    tl.store(lse + head * N + rows, (m + tl.log2(ell)) * LN_2, mask=rows < N)
 
 
 def forward(q, k, v, *, causal: bool = False, scale: float | None = None, tiles=None):

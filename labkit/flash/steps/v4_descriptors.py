@@ -42,7 +42,7 @@ L2_SHARE = 16 * 2**20
 
 @triton.jit
 def attend(
-    Q, m, l, acc, k, v, batch, kv_head, rows, N, scale_log2e, first_key, last_key,  # noqa: E741
+    Q, m, ell, acc, k, v, batch, kv_head, rows, N, scale_log2e, first_key, last_key,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The update of step 3, its tiles fetched by coordinates."""
@@ -60,11 +60,11 @@ def attend(
         m_new = tl.maximum(m, tl.max(S, 1) * scale_log2e)
         P = tl.exp2(S * scale_log2e - m_new[:, None])
         alpha = tl.exp2(m - m_new)
-        l = alpha * l + tl.sum(P, 1)  # noqa: E741
+        ell = alpha * ell + tl.sum(P, 1)
         V = v.load([batch, kv_head, first, 0]).reshape(BLOCK_N, HEAD_DIM)
         acc = tl.dot(P.to(V.dtype), V, alpha[:, None] * acc, input_precision="ieee")
         m = m_new
-    return m, l, acc
+    return m, ell, acc
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def forward_kernel(
     Q = q.load([batch, head, start, 0]).reshape(BLOCK_M, HEAD_DIM)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    ell = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
 
     if CAUSAL:
@@ -107,19 +107,19 @@ def forward_kernel(
     else:
         whole = N // BLOCK_N * BLOCK_N
         end = N
-    m, l, acc = attend(
-        Q, m, l, acc, k, v, batch, head // GROUP, rows, N, scale_log2e, 0, whole,
+    m, ell, acc = attend(
+        Q, m, ell, acc, k, v, batch, head // GROUP, rows, N, scale_log2e, 0, whole,
         False, CAUSAL, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
-    m, l, acc = attend(
-        Q, m, l, acc, k, v, batch, head // GROUP, rows, N, scale_log2e, whole, end,
+    m, ell, acc = attend(
+        Q, m, ell, acc, k, v, batch, head // GROUP, rows, N, scale_log2e, whole, end,
         True, CAUSAL, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
 
-    O = (acc / l[:, None]).to(o.dtype)  # noqa: E741
-    o.store([batch, head, start, 0], O.reshape(1, 1, BLOCK_M, HEAD_DIM))
+    out = (acc / ell[:, None]).to(o.dtype)
+    o.store([batch, head, start, 0], out.reshape(1, 1, BLOCK_M, HEAD_DIM))
     lse_at = batch_head.to(tl.int64) * N + rows
-    tl.store(lse + lse_at, (m + tl.log2(l)) * LN_2, mask=rows < N)
+    tl.store(lse + lse_at, (m + tl.log2(ell)) * LN_2, mask=rows < N)
 
 
 def tiles_for(head_dim: int, itemsize: int, shared_bytes: int = 227 * 1024) -> dict[str, int]:
