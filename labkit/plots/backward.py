@@ -60,7 +60,7 @@ def _rows(result: Any, **where: Any) -> list[dict]:
     return rows
 
 
-@figure(width=7.2, height=3.7, cols=2)
+@figure(width=7.4, height=4.2, cols=2)
 def backward_passes(axes: Any, blocks: Sequence[tuple[int, int, str]], *, owner: int = 2) -> str:
     """Which blocks of scores one program of each kernel computes, and in which order.
 
@@ -140,13 +140,13 @@ def ways_memory(ax: Axes, result: Any, *, where: str = "") -> str:
             continue
         x = [r["seq_len"] for r in mine]
         y = [r["predicted"] for r in mine]
-        dash = "--" if way == "checkpointed" else "-"
+        dash = "--" if way in ("checkpointed", "sdpa") else "-"
         ax.plot(x, y, color=colour, ls=dash)
         seen = [(r["seq_len"], r["measured"]) for r in mine if r["measured"] is not None]
         if seen:
             ax.plot(
                 *zip(*seen, strict=True), _MARKERS[way], color=colour, zorder=3,
-                markerfacecolor=t.paper, markersize=8 if way == "saved" else 5,
+                markerfacecolor=t.paper, markersize=8 if way in ("saved", "recomputed") else 5,
             )  # fmt: skip
         labels.append((x[-1], y[-1], name, colour))
     size_axis(ax, "x", label="seq_len (tokens)")
@@ -190,7 +190,7 @@ def ways_time(axes: Any, result: Any, *, where: str = "") -> str:
             )  # fmt: skip
             labels.append((x[-1], y[-1], name.replace(" (", "\n("), colour))
             low, high = min(low, *y), max(high, *y)
-        size_axis(ax, "x", label="seq_len (tokens)")
+        size_axis(ax, "x", label="seq_len (tokens)", every=2)
         seconds_axis(ax, "y", label="time")
         ax.set_title(what + (f", {where}" if where else ""))
         end_labels(ax, labels, room=0.4, size=8.5)
