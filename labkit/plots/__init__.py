@@ -42,6 +42,7 @@ from labkit.plots.hierarchy import (
 from labkit.plots.memory import memory_bars, timeline
 from labkit.plots.rooflines import dram_ledger, intensity_limits, roofline, time_bounds
 from labkit.plots.style import DARK, LIGHT, Theme, theme, use_style
+from labkit.plots.traffic import loop_orders, order_bars, tile_traffic, traffic, traffic_law
 from labkit.plots.training import longest_lengths, saved_bars, stack_peaks
 
 __all__ = [
@@ -69,7 +70,9 @@ __all__ = [
     "kernel_split",
     "launch_overhead",
     "longest_lengths",
+    "loop_orders",
     "memory_bars",
+    "order_bars",
     "reuse",
     "roofline",
     "saved_bars",
@@ -78,8 +81,11 @@ __all__ = [
     "size_axis",
     "stack_peaks",
     "theme",
+    "tile_traffic",
     "time_bounds",
     "timeline",
+    "traffic",
+    "traffic_law",
     "use_style",
     "ways_memory",
     "ways_time",
