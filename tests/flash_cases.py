@@ -1,0 +1,267 @@
+"""Glue between labkit.flash, the cases and the oracle; and the checks that mutants must fail.
+
+Cases and layouts come from ``labkit.experiments._flash_cases``; what is right comes from
+``oracle``, which knows nothing of labkit.
+
+The bound on an error is twice that of plain attention in the same dtype, both against float64.
+Three places need another one, and for a reason:
+
+- **Where every row sees one key at most**, P is 1 and dP − delta cancels: dQ and dK are 0 in
+  exact arithmetic, and plain attention, which subtracts a number from itself, makes no error
+  at all.  A kernel takes dP and delta from two different sums.  It may be wrong by one float32
+  rounding of everything that is added up.
+- **P is made again** in the backward pass, from scores and an LSE that each carry a float32
+  rounding; plain attention keeps P.  A rounding of a number of size 8 is an error of 10⁻⁶ in its
+  exponential.  Half precision is too coarse to notice; in float32 it is the largest error there
+  is, so :func:`remade` says what it amounts to.
+- **LSE is float32** whatever the inputs are, so its yardstick is plain attention in float32.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import oracle
+import torch
+
+from labkit.experiments._flash_cases import LAYOUTS, LENGTHS, Case, lay_out, make, matrix
+
+__all__ = [
+    "CHECKS", "LAYOUTS", "LENGTHS", "Case", "check_case", "judge", "lay_out", "make", "matrix",
+    "ours", "poisoned",
+]  # fmt: skip
+
+_NAN = float("nan")
+_EPS32 = torch.finfo(torch.float32).eps
+
+
+@contextmanager
+def poisoned():
+    """Every torch.empty inside is full of NaN: an output that is not written shows itself."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def ours(q, k, v, dout=None, dlse=None, **options):
+    """``{"o", "lse"}`` of ``flash_attention``, and ``{"dq", "dk", "dv"}`` if dout is given."""
+    from labkit.flash import flash_attention
+
+    with poisoned():
+        if dout is None:
+            with torch.no_grad():
+                o, lse = flash_attention(q, k, v, return_lse=True, **options)
+            return {"o": o, "lse": lse}
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        o, lse = flash_attention(*leaves, return_lse=True, **options)
+        outs, weights = ([o], [dout]) if dlse is None else ([o, lse], [dout, dlse])
+        grads = torch.autograd.grad(outs, leaves, weights)
+    return {"o": o.detach(), "lse": lse.detach()} | dict(
+        zip(("dq", "dk", "dv"), grads, strict=True)
+    )
+
+
+# -- judging -------------------------------------------------------------------------------------
+
+
+def judge(got, q, k, v, dout=None, dlse=None, *, factor=2.0, **options):
+    """Assert that what ``ours`` returned is within the bound of the oracle."""
+    options = {"causal": False, "window": None, "scale": None, **options}
+    assert set(got) == ({"o", "lse"} if dout is None else {"o", "lse", "dq", "dk", "dv"})
+    o64, s64, p64 = oracle.attention_f64(q, k, v, **options)
+    o, _, _ = oracle.attention(q, k, v, **options)
+    judge_lse(got["lse"], q, k, v, s64, options, factor)
+    dead = torch.isneginf(s64).all(-1)
+    assert (got["o"][dead] == 0).all(), "o: a row that sees nothing is not 0"
+    if torch.equal(p64, p64.round()) and factor == 2.0:
+        # one key per row: P is exactly 1, and so is the weight of each value
+        assert torch.equal(got["o"], o64.to(o.dtype)), "o: one key per row is copied exactly"
+    oracle.assert_within_low_precision_error(got["o"], o64, o, factor=factor, what="o")
+    if dout is None:
+        return
+    true = oracle.gradients_f64(q, k, v, dout, dlse=dlse, **options)
+    plain = oracle.gradients_plain(q, k, v, dout, dlse=dlse, **options)
+    assert (got["dq"][dead] == 0).all(), "dq: a row that sees nothing is not 0"
+    alone = bool(((~torch.isneginf(s64)).sum(-1) <= 1).all())
+    again = remade(q, k, v, dout, dlse, s64, p64, options["scale"])
+    for index, name in enumerate(("dq", "dk", "dv")):
+        own = got[name]
+        if alone and name != "dv":
+            assert own.shape == true[index].shape and own.dtype == q.dtype
+            _judge_cancelled(name, own, true[index], q, k, v, dout, p64, options["scale"])
+        else:
+            extra = again[index] if own.dtype == torch.float32 else None
+            oracle.assert_within_low_precision_error(
+                own, true[index], plain[index], factor=factor, what=name, extra=extra
+            )
+
+
+def remade(q, k, v, dout, dlse, s64, p64, scale):
+    """What one float32 rounding of LSE and of each score does to dQ, dK, dV: root mean square.
+
+    A score is a sum, and its rounding is one of the terms that were added, not of what is left
+    when they cancel.
+    """
+    group = q.shape[1] // k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v, dout = (t.double() for t in (q, k, v, dout))
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    lse = oracle.log_sum_exp(s64)
+    size = torch.where(torch.isneginf(lse), 0.0, lse).abs()[..., None]
+    size = size + q.abs() @ k.mT.abs() * scale
+    p_error = _EPS32 * size * p64
+    dp = dout @ v.mT
+    delta = (dp * p64).sum(-1) - (0.0 if dlse is None else dlse.double())
+    ds_error = p_error * (dp - delta[..., None]) * scale
+    dq = ds_error.square() @ k.square()
+    dk = (ds_error.square().mT @ q.square()).unflatten(1, (-1, group)).sum(2)
+    dv = (p_error.square().mT @ dout.square()).unflatten(1, (-1, group)).sum(2)
+    return dq.sqrt(), dk.sqrt(), dv.sqrt()
+
+
+def judge_lse(lse, q, k, v, s64, options, factor=2.0):
+    """LSE against float64, with plain attention in float32 as the yardstick."""
+    true = oracle.log_sum_exp(s64)
+    assert lse.shape == true.shape, f"lse: shape {tuple(lse.shape)}, not {tuple(true.shape)}"
+    assert lse.dtype == torch.float32, f"lse: dtype {lse.dtype}"
+    dead = torch.isneginf(true)
+    assert torch.equal(torch.isneginf(lse), dead), "lse: −inf where a key is seen, or not where not"
+    if dead.all():
+        return
+    plain = oracle.log_sum_exp(oracle.attention(q.float(), k.float(), v.float(), **options)[1])
+    error = (lse.double() - true)[~dead].abs().max().item()
+    yardstick = (plain.double() - true)[~dead].abs().max().item()
+    largest = torch.where(torch.isneginf(s64), 0.0, s64).abs().max().item()
+    # A dot product on tensor cores aligns its terms to the largest and truncates: its error is
+    # some roundings of the largest score, however few terms there are.
+    allowed = factor * yardstick + 16 * _EPS32 * max(1.0, largest)
+    assert error <= allowed, f"lse: largest error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _judge_cancelled(name, own, true, q, k, v, dout, p64, scale):
+    """dQ or dK where each row sees one key: 0, but for the roundings of what cancels."""
+    group = q.shape[1] // k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k, v = (t.double().abs().repeat_interleave(group, dim=1) for t in (k, v))
+    added = p64 * (dout.double().abs() @ v.mT) * scale
+    if name == "dq":
+        size = added @ k
+    else:
+        size = (added.mT @ q.double().abs()).unflatten(1, (-1, group)).sum(2)
+    tiny = torch.finfo(own.dtype).smallest_normal * torch.finfo(own.dtype).eps
+    error = (own.double() - true).abs()
+    assert torch.isfinite(own).all(), f"{name}: not finite"
+    over = error - (2 * _EPS32 * size + 2 * tiny * max(1.0, q.abs().max().item()))
+    assert (over <= 0).all(), f"{name}: {error.max():.3g} where everything cancels"
+
+
+def check_case(case: Case, device: str = "cpu", *, backward: bool = True, factor: float = 2.0):
+    """Run one case through labkit and hold all it gives to the bound.
+
+    Inputs must be the same afterwards, to the bit; so must what lies around them.
+    """
+    tensors = make(case, device)
+    before = [_bits(t) for t in tensors]
+    q, k, v, dout = tensors
+    got = ours(q, k, v, dout if backward else None, **case.options)
+    for name, tensor, bits in zip(("q", "k", "v", "dout"), tensors, before, strict=True):
+        assert torch.equal(_bits(tensor), bits), f"{name} or what lies around it was written"
+    judge(got, q, k, v, dout if backward else None, factor=factor, **case.options)
+
+
+def _bits(x):
+    """The whole storage as integers (NaN is not equal to itself)."""
+    flat = torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
+    return flat.clone()
+
+
+# -- checks that a broken kernel must fail -------------------------------------------------------
+#
+# Each is small enough for the interpreter.  test_flash_mutants breaks the kernels one way at a
+# time and expects the check that it names to notice; test_flash_properties runs them on the
+# kernels as they are.
+
+
+def _many_blocks(device):
+    """More keys than one tile holds: the running max and sum are used, and O is rescaled."""
+    check_case(Case(70, 300, d=16), device, backward=False)
+
+
+def _growing_scores(device):
+    """The largest score of each row comes last, so that every block rescales what came before."""
+    q, k, v, _ = make(Case(40, 300, d=16), device)
+    order = k[0, 0].norm(dim=1).argsort()
+    k = k[:, :, order] * torch.linspace(0.1, 8, 300, device=device)[:, None]
+    judge(ours(q, k, v), q, k, v)
+
+
+def _ragged_tail(device):
+    """Lengths that fill no tile, NaN behind them."""
+    check_case(Case(37, 75, d=16, layout="bounds"), device)
+
+
+def _causal_square(device):
+    check_case(Case(150, 150, d=16, causal=True), device)
+
+
+def _causal_more_keys(device):
+    """The mask is aligned at the bottom right: with Nq < Nk that is not the top left."""
+    check_case(Case(40, 150, d=16, causal=True), device)
+
+
+def _causal_more_queries(device):
+    """The first queries see nothing."""
+    check_case(Case(90, 37, d=16, causal=True), device)
+
+
+def _window_causal(device):
+    check_case(Case(150, 150, d=16, causal=True, window=50), device)
+
+
+def _window_full(device):
+    check_case(Case(100, 140, d=16, window=33), device)
+
+
+def _strides(device):
+    """q, k, v and dO each lie in memory in another way."""
+    check_case(Case(37, 45, d=24, d_v=40, heads=3, batch=2, layout="mixed"), device)
+
+
+def _groups(device):
+    """Query heads 0, 1, 2 read KV head 0, and 3, 4, 5 read KV head 1."""
+    check_case(Case(20, 37, d=16, heads=6, kv_heads=2, batch=2), device)
+
+
+def _huge_logits(device):
+    """Scores in the hundreds: exp overflows unless the row's maximum is taken off first."""
+    check_case(Case(50, 150, d=32, factor=100.0), device)
+
+
+def _own_scale(device):
+    """A scale that is not 1/√d, and counts once in every product."""
+    check_case(Case(40, 90, d=16, scale=0.7), device)
+
+
+def _lse_gradient(device):
+    """A loss that depends on LSE too."""
+    case = Case(40, 90, d=16, causal=True)
+    q, k, v, dout = make(case, device)
+    dlse = torch.randn(q.shape[:3], generator=torch.Generator().manual_seed(1)).to(device)
+    judge(ours(q, k, v, dout, dlse, causal=True), q, k, v, dout, dlse, causal=True)
+
+
+#: name → check(device), which raises AssertionError
+CHECKS = {
+    check.__name__.removeprefix("_"): check
+    for check in (
+        _many_blocks, _growing_scores, _ragged_tail, _causal_square, _causal_more_keys,
+        _causal_more_queries, _window_causal, _window_full, _strides, _groups, _huge_logits,
+        _own_scale, _lse_gradient,
+    )
+}  # fmt: skip
