@@ -40,6 +40,7 @@ from labkit.plots.hierarchy import (
     reuse,
 )
 from labkit.plots.memory import memory_bars, timeline
+from labkit.plots.online import error_by_length, order_spread, running_state
 from labkit.plots.rooflines import dram_ledger, intensity_limits, roofline, time_bounds
 from labkit.plots.style import DARK, LIGHT, Theme, theme, use_style
 from labkit.plots.traffic import loop_orders, order_bars, tile_traffic, traffic, traffic_law
@@ -60,6 +61,7 @@ __all__ = [
     "dram_ledger",
     "draw",
     "end_labels",
+    "error_by_length",
     "figure",
     "gradient_errors",
     "growth",
@@ -73,8 +75,10 @@ __all__ = [
     "loop_orders",
     "memory_bars",
     "order_bars",
+    "order_spread",
     "reuse",
     "roofline",
+    "running_state",
     "saved_bars",
     "scaling_fit",
     "show",
