@@ -7,11 +7,13 @@ Taught in chapter 08 (the forward kernel).
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from labkit.errors import ArgumentError, check_choice, check_positive_int
 from labkit.flash import launch, ops
-from labkit.kernels.runtime import backend, check_can_launch
+from labkit.kernels.runtime import check_can_launch
 from labkit.shapes import check_qkv, check_scale
 
 __all__ = ["flash_attention", "flash_attention_varlen"]
@@ -55,8 +57,10 @@ def flash_attention(
     return_lse : bool
         also return LSE, the natural logarithm of :math:`\sum_j e^{S_{ij}}`.
     precision : str
-        how float32 is multiplied: ``"ieee"`` (default) in float32, or ``"tf32"``, which keeps 10
-        bits of each factor's mantissa and uses the tensor cores.  Not for half precision.
+        how float32 is multiplied: ``"ieee"`` (default) in float32 on the CUDA cores;
+        ``"tf32x3"`` on the tensor cores, each factor as the sum of two TF32 numbers, three
+        products of which count; ``"tf32"`` keeps 10 bits of each factor's mantissa.  Not for
+        half precision.
 
     Returns
     -------
@@ -82,16 +86,18 @@ def flash_attention(
     reaches the rows whose tiles contain its key, also where the mask hides it, since 0 · NaN is
     NaN.
     """
-    sizes = check_qkv(q, k, v, dtypes=_DTYPES)
-    scale = check_scale(scale, sizes.head_dim)
-    window = _check_window(window)
-    precision = _check_precision(precision, sizes.dtype)
-    _check_widths(sizes.head_dim, sizes.head_dim_v)
-    _check_runs(q, k, v)
-    return _run(
-        q, k, v, None, None, sizes.seq_len_q, sizes.seq_len_k,
-        bool(causal), scale, window, precision, return_lse,
-    )  # fmt: skip
+    asked = (causal, scale, window, type(window), precision)
+    how = _remembered(q, k, v, asked)
+    if how is None:
+        sizes = check_qkv(q, k, v, dtypes=_DTYPES)
+        _check_widths(sizes.head_dim, sizes.head_dim_v)
+        how = (
+            sizes.seq_len_q, sizes.seq_len_k, bool(causal), check_scale(scale, sizes.head_dim),
+            _check_window(window), _check_precision(precision, sizes.dtype),
+        )  # fmt: skip
+        _check_runs(q, k, v)
+        _remember(q, k, v, asked, how)
+    return _run(q, k, v, None, None, *how, return_lse)
 
 
 def flash_attention_varlen(
@@ -155,7 +161,8 @@ def flash_attention_varlen(
     cu_k, max_k = _check_offsets("cu_seqlens_k", cu_seqlens_k, k, "k")
     if cu_q.shape != cu_k.shape:
         raise ArgumentError(
-            "cu_seqlens_k", tuple(cu_k.shape), f"does not go with cu_seqlens_q {tuple(cu_q.shape)}.",
+            "cu_seqlens_k", tuple(cu_k.shape),
+            f"does not go with cu_seqlens_q {tuple(cu_q.shape)}.",
             "Pass as many offsets for the keys as for the queries: one per sequence, plus one.",
         )  # fmt: skip
     _check_runs(q, k, v)
@@ -182,7 +189,35 @@ def _run(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, window, precision, re
     return (o, lse) if return_lse else o
 
 
-# -- checks ------------------------------------------------------------------------------------
+# -- checks, once for each kind of call ----------------------------------------------------------
+
+_checked: dict[tuple, tuple] = {}
+
+
+def _face(q, k, v, asked: tuple) -> tuple:
+    return (
+        q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device, asked
+    )  # fmt: skip
+
+
+def _remembered(q, k, v, asked: tuple) -> tuple | None:
+    """What a call just like this one was checked to mean; checking again takes the host 10 µs."""
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        return _checked.get(_face(q, k, v, asked))
+    except (AttributeError, TypeError):  # not tensors, or an option that cannot be hashed
+        return None
+
+
+def _remember(q, k, v, asked: tuple, how: tuple) -> None:
+    if type(q) is torch.Tensor and ops.nobody_listens(q, k, v):
+        if len(_checked) > 4096:
+            _checked.clear()
+        _checked[_face(q, k, v, asked)] = how
+
+
+# -- checks, one by one ----------------------------------------------------------------------------
 
 
 def _check_window(window: int | None) -> int | None:
@@ -192,7 +227,7 @@ def _check_window(window: int | None) -> int | None:
 def _check_precision(precision: str | None, dtype: str) -> str:
     if precision is None:
         return "ieee"
-    check_choice("precision", precision, ("ieee", "tf32"))
+    check_choice("precision", precision, ("ieee", "tf32x3", "tf32"))
     if dtype != "float32":
         raise ArgumentError(
             "precision", precision, f"has no meaning for {dtype}, whose products are exact.",
@@ -244,7 +279,7 @@ def _check_offsets(name: str, cu, x: torch.Tensor, of: str) -> tuple[torch.Tenso
     offsets = cu.tolist()
     if offsets[0] != 0:
         raise ArgumentError(name, offsets[0], "is its first offset.", "Start at 0.")
-    lengths = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(offsets)]
     if min(lengths) < 0:
         s = next(s for s, n in enumerate(lengths) if n < 0)
         raise ArgumentError(

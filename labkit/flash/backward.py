@@ -37,10 +37,26 @@ __all__ = ["delta_kernel", "dkdv_kernel", "dq_kernel"]
 
 
 @triton.jit
-def _log2_lse(lse):
-    """LSE in base 2; a row that saw no key has −∞, and with +∞ in its place its P is 0."""
+def _row_lse(lse, EXACT: tl.constexpr):
+    """LSE as :func:`_probabilities` wants it; a row that saw nothing has −∞.
+
+    With +∞ in its place, P of that row is 0.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    base = lse if EXACT else lse * LOG2E
+    return tl.where(lse == float("-inf"), float("inf"), base)
+
+
+@triton.jit
+def _probabilities(s, lse, c, scale, EXACT: tl.constexpr):
+    """P from raw scores and LSE, which broadcast.
+
+    In half precision the constant is folded, as in the forward kernel, and LSE is in base 2.  In
+    float32 the rounding of c·S would be the largest error of all: there the difference is taken
+    first, and only what is left, a small number, is multiplied.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    return tl.exp2((s * scale - lse) * LOG2E if EXACT else s * c - lse)
 
 
 @triton.jit
@@ -69,7 +85,7 @@ def delta_kernel(
     inside = (row < Nq)[:, None] & (column < DV)[None, :]
     wide, across = row.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
     at = head_offset(batch, head, start, stride_ob, stride_oh, stride_on)
-    O = tl.load(o + at + wide * stride_on + across, inside, 0.0)  # noqa: E741
+    O = tl.load(o + at + wide * stride_on + across, inside, 0.0)
     at = head_offset(batch, head, start, stride_gb, stride_gh, stride_gn)
     dO = tl.load(dout + at + wide * stride_gn + across * stride_gd, inside, 0.0)
     out = tl.sum(O.to(tl.float32) * dO.to(tl.float32), 1)
@@ -86,7 +102,7 @@ def delta_kernel(
 @triton.jit
 def _gather_dkdv(
     dk, dv, K, V, q, dout, lse, delta, batch, head, q_offset, g_offset, l_offset,
-    j, Nq, Nk, window, c, lo, hi, stride_qn, stride_qd, stride_gn, stride_gd,
+    j, Nq, Nk, window, c, scale, lo, hi, stride_qn, stride_qd, stride_gn, stride_gd,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
@@ -102,8 +118,10 @@ def _gather_dkdv(
         if MASKED:
             i = first + tl.arange(0, BLOCK_M)
             st = hide(st, i[None, :], j[:, None], Nq, Nk, window, CAUSAL, WINDOW)
-        lse_i = _log2_lse(row_vector(lse, l_offset, first, Nq, BLOCK_M, float("-inf"), MASKED))
-        pt = tl.exp2(st * c - lse_i[None, :])  # Pᵀ
+        EXACT: tl.constexpr = K.dtype == tl.float32
+        lse_i = row_vector(lse, l_offset, first, Nq, BLOCK_M, float("-inf"), MASKED)
+        lse_i = _row_lse(lse_i, EXACT)
+        pt = _probabilities(st, lse_i[None, :], c, scale, EXACT)  # Pᵀ
         dO = load_tile(
             dout, batch, head, first, Nq, g_offset, stride_gn, stride_gd,
             BLOCK_M, DV, BLOCK_DV, DESCRIPTOR, MASKED, WIDE,
@@ -172,20 +190,20 @@ def dkdv_kernel(
         if CAUSAL or WINDOW:
             dk_acc, dv_acc = _gather_dkdv(
                 dk_acc, dv_acc, K, V, q, dout, lse, delta, place, head,
-                q_offset, g_offset, l_offset, j, Nq, Nk, window, c, lo, min(full_lo, hi),
+                q_offset, g_offset, l_offset, j, Nq, Nk, window, c, scale, lo, min(full_lo, hi),
                 stride_qn, stride_qd, stride_gn, stride_gd, D, DV, BLOCK_D, BLOCK_DV,
                 BLOCK_M, CAUSAL, WINDOW, DESCRIPTOR, WIDE, PRECISION, True,
             )  # fmt: skip
         dk_acc, dv_acc = _gather_dkdv(
             dk_acc, dv_acc, K, V, q, dout, lse, delta, place, head,
-            q_offset, g_offset, l_offset, j, Nq, Nk, window, c, full_lo, full_hi,
+            q_offset, g_offset, l_offset, j, Nq, Nk, window, c, scale, full_lo, full_hi,
             stride_qn, stride_qd, stride_gn, stride_gd, D, DV, BLOCK_D, BLOCK_DV,
             BLOCK_M, CAUSAL, WINDOW, DESCRIPTOR, WIDE, PRECISION, False,
         )  # fmt: skip
         if WINDOW or not EVEN:
             dk_acc, dv_acc = _gather_dkdv(
                 dk_acc, dv_acc, K, V, q, dout, lse, delta, place, head,
-                q_offset, g_offset, l_offset, j, Nq, Nk, window, c, full_hi, hi,
+                q_offset, g_offset, l_offset, j, Nq, Nk, window, c, scale, full_hi, hi,
                 stride_qn, stride_qd, stride_gn, stride_gd, D, DV, BLOCK_D, BLOCK_DV,
                 BLOCK_M, CAUSAL, WINDOW, DESCRIPTOR, WIDE, PRECISION, True,
             )  # fmt: skip
@@ -199,7 +217,7 @@ def dkdv_kernel(
 @triton.jit
 def _gather_dq(
     dq, Q, dO, lse_i, delta_i, k, v, batch, kv_head, k_offset, v_offset,
-    i, Nq, Nk, window, c, lo, hi, stride_kn, stride_kd, stride_vn, stride_vd,
+    i, Nq, Nk, window, c, scale, lo, hi, stride_kn, stride_kd, stride_vn, stride_vd,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
@@ -220,7 +238,7 @@ def _gather_dq(
         if MASKED:
             j = first + tl.arange(0, BLOCK_N)
             s = hide(s, i[:, None], j[None, :], Nq, Nk, window, CAUSAL, WINDOW)
-        p = tl.exp2(s * c - lse_i[:, None])
+        p = _probabilities(s, lse_i[:, None], c, scale, Q.dtype == tl.float32)
         ds = p * (dp - delta_i[:, None])
         dq = tl.dot(ds.to(K.dtype), K, dq, input_precision=PRECISION)
     return dq
@@ -269,7 +287,8 @@ def dq_kernel(
         dout, place, head, first, Nq, g_offset, stride_gn, stride_gd,
         BLOCK_M, DV, BLOCK_DV, DESCRIPTOR, not EVEN, WIDE,
     )  # fmt: skip
-    lse_i = _log2_lse(row_vector(lse, l_offset, first, Nq, BLOCK_M, float("-inf"), not EVEN))
+    lse_i = row_vector(lse, l_offset, first, Nq, BLOCK_M, float("-inf"), not EVEN)
+    lse_i = _row_lse(lse_i, Q.dtype == tl.float32)
     delta_i = row_vector(delta, l_offset, first, Nq, BLOCK_M, 0.0, not EVEN)
 
     # -- K and V: once for this tile of queries ---------------------------------------------------
@@ -280,18 +299,19 @@ def dq_kernel(
     if WINDOW:
         acc = _gather_dq(
             acc, Q, dO, lse_i, delta_i, k, v, place, kv_head, k_offset, v_offset,
-            i, Nq, Nk, window, c, lo, min(full_lo, hi), stride_kn, stride_kd, stride_vn, stride_vd,
+            i, Nq, Nk, window, c, scale, lo, min(full_lo, hi),
+            stride_kn, stride_kd, stride_vn, stride_vd,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, DESCRIPTOR, WIDE, PRECISION, True,
         )  # fmt: skip
     acc = _gather_dq(
         acc, Q, dO, lse_i, delta_i, k, v, place, kv_head, k_offset, v_offset,
-        i, Nq, Nk, window, c, full_lo, full_hi, stride_kn, stride_kd, stride_vn, stride_vd,
+        i, Nq, Nk, window, c, scale, full_lo, full_hi, stride_kn, stride_kd, stride_vn, stride_vd,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, DESCRIPTOR, WIDE, PRECISION, False,
     )  # fmt: skip
     if CAUSAL or WINDOW or not EVEN:
         acc = _gather_dq(
             acc, Q, dO, lse_i, delta_i, k, v, place, kv_head, k_offset, v_offset,
-            i, Nq, Nk, window, c, full_hi, hi, stride_kn, stride_kd, stride_vn, stride_vd,
+            i, Nq, Nk, window, c, scale, full_hi, hi, stride_kn, stride_kd, stride_vn, stride_vd,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, DESCRIPTOR, WIDE, PRECISION, True,
         )  # fmt: skip
     at = head_offset(place, head, start_q, stride_dqb, stride_dqh, stride_dqn)

@@ -68,7 +68,7 @@ def _attend(
         if MASKED:
             j = first + tl.arange(0, BLOCK_N)
             s = hide(s, i[:, None], j[None, :], Nq, Nk, window, CAUSAL, WINDOW)
-        p, m, l, o = rescale_and_exponentiate(s, m, l, o, c, MASKED)  # noqa: E741
+        p, m, l, o = rescale_and_exponentiate(s, m, l, o, c, MASKED)
         V = load_tile(
             v, batch, kv_head, first, Nk, v_offset, stride_vn, stride_vd,
             BLOCK_N, DV, BLOCK_DV, DESCRIPTOR, MASKED, WIDE,
@@ -85,7 +85,7 @@ def forward_kernel(
     stride_vb, stride_vh, stride_vn, stride_vd,
     stride_os, stride_ob, stride_oh, stride_on,
     stride_ls, stride_lb, stride_lh,
-    heads, all_heads, Nq, Nk, tiles, section, window, c,
+    heads, all_heads, Nq, Nk, tiles, section, window, c, scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -126,7 +126,7 @@ def forward_kernel(
 
     # -- K and V: once for this tile of queries ----------------------------------------------
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     first_i = first // GROUP if PACK else first
     last_i = min(Nq, (first + BLOCK_M - 1) // GROUP + 1 if PACK else first + BLOCK_M)
@@ -141,20 +141,20 @@ def forward_kernel(
         full_hi = max(min(full_hi, hi // BLOCK_N * BLOCK_N), full_lo)
 
     if WINDOW or SPLITS > 1:  # without a window every row sees the first key it could see
-        m, l, acc = _attend(  # noqa: E741
+        m, l, acc = _attend(
             Q, m, l, acc, k, v, place, kv_head, k_offset, v_offset, i, Nq, Nk, window, c,
             lo, min(full_lo, hi), stride_kn, stride_kd, stride_vn, stride_vd,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW,
             DESCRIPTOR, WIDE, PRECISION, True,
         )  # fmt: skip
-    m, l, acc = _attend(  # noqa: E741
+    m, l, acc = _attend(
         Q, m, l, acc, k, v, place, kv_head, k_offset, v_offset, i, Nq, Nk, window, c,
         full_lo, full_hi, stride_kn, stride_kd, stride_vn, stride_vd,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW,
         DESCRIPTOR, WIDE, PRECISION, False,
     )  # fmt: skip
     if CAUSAL or WINDOW or not EVEN:
-        m, l, acc = _attend(  # noqa: E741
+        m, l, acc = _attend(
             Q, m, l, acc, k, v, place, kv_head, k_offset, v_offset, i, Nq, Nk, window, c,
             full_hi, hi, stride_kn, stride_kd, stride_vn, stride_vd,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW,
@@ -162,7 +162,7 @@ def forward_kernel(
         )  # fmt: skip
 
     # -- O and LSE: once -----------------------------------------------------------------------
-    out, lse_i = finish(m, l, acc, c)
+    out, lse_i = finish(m, l, acc, scale)
     o_offset = head_offset(place, head * GROUP if PACK else head, start_q,
                            stride_ob, stride_oh, stride_on)  # fmt: skip
     l_offset = head_offset(place, head * GROUP if PACK else head, start_q, stride_lb, stride_lh, 1)

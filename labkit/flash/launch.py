@@ -1,8 +1,12 @@
 """Launching: from checked tensors to a grid of programs.
 
-Everything that is decided once per call and not in a kernel: which configuration, how many
-programs in which order, whether the copy engine can be used, whether the keys are split, what is
-allocated.  Shapes and dtypes were checked by ``api.py``.
+Everything that is decided outside a kernel: which configuration, how many programs in which
+order, whether the copy engine can be used, whether the keys are split, what is allocated.
+Shapes and dtypes were checked by ``api.py``.
+
+All of it depends on shapes, strides, dtypes and options, and on nothing in the tensors.  So it is
+decided once (a *plan*) and remembered: deciding again, and Triton's own look at some sixty
+arguments, would cost a short sequence several times what its kernel takes.
 
 Taught in chapter 08 (the forward kernel).
 """
@@ -10,11 +14,15 @@ Taught in chapter 08 (the forward kernel).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
+from triton.compiler import CompiledKernel
 
 from labkit.flash import tuning
 from labkit.flash.backward import delta_kernel, dkdv_kernel, dq_kernel
@@ -97,15 +105,59 @@ def _describable(*tensors: torch.Tensor) -> bool:
     return True
 
 
-def _descriptor(x: torch.Tensor, rows: int, block_d: int):
-    """x as the copy engine sees it: tiles of ``rows`` × ``block_d`` of one head."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
+class Described:
+    """How the copy engine sees a tensor: tiles of ``rows`` × ``block_d`` of one head.
 
-    align = _TMA_ALIGN // x.element_size()
-    # The stride of a dimension of size 1 is never used, and may be anything.
-    strides = [s if n > 1 else max(align, s - s % align) for n, s in zip(x.shape, x.stride(), strict=True)]  # noqa: E501
-    strides[3] = 1
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, block_d])
+    Made once per plan; a call gives it the tensor.
+    """
+
+    def __init__(self, x: torch.Tensor, rows: int, block_d: int) -> None:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        align = _TMA_ALIGN // x.element_size()
+        # The stride of a dimension of size 1 is never used, and may be anything.
+        strides = [
+            s if n > 1 else max(align, s - s % align)
+            for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)
+        ]
+        self.form = TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, block_d])
+        self.form.base = None  # a plan outlives its first tensors and must not keep them
+
+    def __call__(self, x: torch.Tensor):
+        """The descriptor of ``x``."""
+        described = copy(self.form)
+        described.base = x
+        return described
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+class Launcher:
+    """A kernel and all of its launch but the tensors.
+
+    The first call goes through Triton's front door, which finds or makes the compiled kernel; the
+    others go to that directly.  Right only while shapes, strides, dtypes and alignment are those
+    of the first call: a plan's key holds them.
+    """
+
+    def __init__(self, kernel, grid: tuple, numbers: tuple, constants: dict, c: Config) -> None:
+        self.kernel, self.grid, self.numbers = kernel, (*grid, 1, 1)[:3], numbers
+        self.constants, self.values = constants, tuple(constants.values())
+        self.options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
+        self.compiled: Callable[..., Any] | None = None
+        # The compiled kernel takes its arguments by position.
+        assert [*constants] == kernel.arg_names[-len(constants) :], "constants out of order"
+
+    def __call__(self, *tensors) -> None:
+        """Launch."""
+        if self.compiled is not None:
+            self.compiled(*tensors, *self.numbers, *self.values)
+            return
+        made = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
+        if isinstance(made, CompiledKernel):  # the interpreter returns nothing to keep
+            self.compiled = made[self.grid]
 
 
 def _wide(rows: int, *tensors: torch.Tensor) -> bool:
@@ -132,14 +184,15 @@ def _flops(call: Call, heads: int, width: int) -> int:
     return 2 * heads * width * visible_pairs(call.max_q, call.max_k, call.causal, window)
 
 
-def _problem(kind: str, call: Call, q, k, v, heads: int, describable: bool, by_hand) -> Problem:
+def _problem(kind, call: Call, q, k, v, heads: int, flops, describable: bool, by_hand) -> Problem:
     arch, shared, sms, _ = card(q)
     return Problem(
         kind=kind, dtype=str(q.dtype).removeprefix("torch."), precision=call.precision,
         head_dim=q.shape[3], head_dim_v=v.shape[3], rows=call.max_q, cols=call.max_k,
         heads=heads, causal=call.causal, windowed=call.window is not None,
-        descriptors=describable and arch >= 90 and call.cu_q is None, by_hand=by_hand,
-        arch=arch, shared_limit=shared, sms=sms,
+        # Making descriptors takes the host longer than a small problem takes the GPU.
+        descriptors=describable and arch >= 90 and call.cu_q is None and flops > 4e9,
+        by_hand=by_hand, arch=arch, shared_limit=shared, sms=sms,
     )  # fmt: skip
 
 
@@ -157,7 +210,68 @@ def _splits(call: Call, q, k, tiles: int, heads: int, block_n: int) -> int:
     return max(1, min(2 * sms // busy, steps // 2, 64))
 
 
-# -- forward -------------------------------------------------------------------------------------
+# -- plans -----------------------------------------------------------------------------------------
+
+_plans: dict[tuple, Any] = {}
+
+
+def forget_plans() -> None:
+    """Decide everything again, as after a change of what ``tuning`` knows."""
+    _plans.clear()
+
+
+def _remember(key: tuple, plan):
+    if len(_plans) > 4096:  # shapes that never come back, as of ragged batches
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
+def _key(call: Call, *tensors: torch.Tensor) -> tuple:
+    """What a plan depends on."""
+    parts = [call.causal, call.scale, call.window, call.precision, call.max_q, call.max_k]
+    parts.append(call.sequences)
+    address = 0
+    for x in tensors:
+        parts += (x.shape, x.stride(), x.dtype, x.device)
+        address |= x.data_ptr()
+    parts.append(address % _TMA_ALIGN)
+    return tuple(parts)
+
+
+class _On:
+    """Make the tensor's GPU the current one if it is not: Triton launches on the current one."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+        self.guard = torch.cuda.device(x.device) if elsewhere else None
+
+    def __enter__(self) -> None:
+        if self.guard is not None:
+            self.guard.__enter__()
+
+    def __exit__(self, *error) -> None:
+        if self.guard is not None:
+            self.guard.__exit__(*error)
+
+
+def _tile_constants(call: Call, c: Config, q, v) -> dict:
+    """Sizes, tiles and mask: constants that the forward, dK/dV and dQ kernels share."""
+    d, dv = q.shape[3], v.shape[3]
+    even = call.cu_q is None and call.max_q % c.block_m == 0 and call.max_k % c.block_n == 0
+    return dict(
+        D=d, DV=dv, BLOCK_D=_block(d), BLOCK_DV=_block(dv), BLOCK_M=c.block_m, BLOCK_N=c.block_n,
+        CAUSAL=call.causal, WINDOW=call.window is not None, VARLEN=call.cu_q is not None, EVEN=even,
+    )  # fmt: skip
+
+
+def _road_constants(call: Call, c: Config, *tensors) -> dict:
+    """How tiles are brought in and multiplied: the last constants of those kernels."""
+    wide = _wide(max(c.block_m, c.block_n), *tensors)
+    return dict(DESCRIPTOR=c.descriptors, WIDE=wide, PRECISION=call.precision)
+
+
+# -- forward ---------------------------------------------------------------------------------------
 
 
 def forward(
@@ -174,38 +288,57 @@ def forward(
     For varlen B is 1 and the sequences lie one after another along N.  ``config`` and ``splits``
     overrule what would be chosen: experiments and tests use them.
     """
-    check_can_launch("flash_attention", q, k, v)
-    batch = call.sequences or q.shape[0]
-    heads, kv_heads, group = q.shape[1], k.shape[1], q.shape[1] // k.shape[1]
-    o = like(q, v.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    if call.max_q == 0:
-        return o, lse
-
-    # A few queries of many heads: the rows of a tile are the heads of a group.
-    pack = group > 1 and call.max_q * group <= 128 and group <= 64
-    describable = not pack and _describable(q, k, v)
-    by_hand = "packed" if pack else _forward_by_hand(q, k, v, call)
-    width = q.shape[3] + v.shape[3]
-    if pack:
-        rows, all_heads = call.max_q * group, batch * kv_heads
-        problem = _problem("forward", call, q, k, v, all_heads, False, by_hand)
-        chosen = config or _packed_config(problem, rows)
-    else:
-        rows, all_heads = call.max_q, batch * heads
-        problem = _problem("forward", call, q, k, v, all_heads, describable, by_hand)
-        chosen = config or tuning.choose(
-            problem, _flops(call, all_heads, width),
-            lambda c: _forward(q, k, v, o, lse, call, c, rows, all_heads, False, 1),
-        )  # fmt: skip
-    if splits is None and not chosen.by_hand:
-        tiles = -(-rows // chosen.block_m)
-        splits = _splits(call, q, k, tiles, all_heads, chosen.block_n)
-    _forward(q, k, v, o, lse, call, chosen, rows, all_heads, pack, splits or 1)
+    key = ("forward", config, splits, *_key(call, q, k, v))
+    plan = _plans.get(key)
+    with _On(q):
+        o, lse = like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+        if call.max_q == 0:
+            return o, lse
+        if plan is None:
+            check_can_launch("flash_attention", q, k, v)
+            plan = _remember(key, _plan_forward(q, k, v, o, lse, call, config, splits))
+        plan(q, k, v, o, lse, call)
     return o, lse
 
 
-def _forward_by_hand(q, k, v, call: Call) -> str | None:
+def _plan_forward(q, k, v, o, lse, call: Call, config: Config | None, splits: int | None):
+    """Decide how these tensors are attended to; the result is called with tensors like them."""
+    batch = call.sequences or q.shape[0]
+    heads, kv_heads, group = q.shape[1], k.shape[1], q.shape[1] // k.shape[1]
+    # A few queries of many heads: the rows of a tile are the heads of a group.
+    pack = group > 1 and call.max_q * group <= 128 and group <= 64
+    rows, tiled = (call.max_q * group, kv_heads) if pack else (call.max_q, heads)
+    flops = _flops(call, batch * heads, q.shape[3] + v.shape[3])
+    problem = _problem(
+        "forward", call, q, k, v, batch * tiled, flops,
+        not pack and _describable(q, k, v), "packed" if pack else _by_hand(q, k, v, call),
+    )  # fmt: skip
+
+    def make(c: Config, splits: int = 1):
+        if c.by_hand:
+            from labkit.flash import hopper
+
+            return lambda q, k, v, o, lse, call: hopper.forward(
+                q, k, v, o, lse,
+                scale=call.scale, causal=call.causal, window=call.window, config=c,
+            )  # fmt: skip
+        return _Forward(q, k, v, o, lse, call, c, rows, batch * tiled, pack, splits)
+
+    if config is None:
+        config = _packed_config(problem, rows) if pack else tuning.choose(
+            problem, flops, lambda c: _ready(make(c), q, k, v, o, lse, call)
+        )  # fmt: skip
+    if splits is None and not config.by_hand:
+        tiles = -(-rows // config.block_m)
+        splits = _splits(call, q, k, tiles, batch * tiled, config.block_n)
+    return make(config, splits or 1)
+
+
+def _ready(plan, *arguments) -> Callable[[], None]:
+    return lambda: plan(*arguments)
+
+
+def _by_hand(q, k, v, call: Call) -> str | None:
     """Why the hand-written Hopper forward cannot run; None when it can."""
     if call.cu_q is not None:
         return "varlen"
@@ -215,68 +348,71 @@ def _forward_by_hand(q, k, v, call: Call) -> str | None:
 
 
 def _packed_config(problem: Problem, rows: int) -> Config:
-    fitted = tuning.default(problem)
+    """For the rows of a group: one row tile, and more keys in flight, since the rows are few."""
     if problem.arch == 0:
-        return fitted
-    # One warp per 16 rows; more keys per tile, since the rows are few.
+        return tuning.default(problem)
     few = 16 if rows <= 16 else 32 if rows <= 32 else 64
     n = 64 if problem.itemsize * (problem.head_dim + problem.head_dim_v) <= 512 else 32
     return Config(few, n, 4, 3 if problem.shared_limit > 160 * 1024 else 2)
 
 
-def _forward(q, k, v, o, lse, call: Call, c: Config, rows, all_heads, pack, splits) -> None:
-    """One launch with one configuration."""
-    if c.by_hand:
-        from labkit.flash import hopper
+class _Forward:
+    """The forward kernel with one configuration, and the merge if the keys are split."""
 
-        hopper.forward(q, k, v, o, lse, scale=call.scale, causal=call.causal,
-                       window=call.window, config=c)  # fmt: skip
-        return
-    heads, kv_heads = q.shape[1], k.shape[1]
-    group = heads // kv_heads
-    d, dv = q.shape[3], v.shape[3]
-    block_d, block_dv = _block(d), _block(dv)
-    tiles = triton.cdiv(rows, c.block_m)
-    even = call.cu_q is None and call.max_q % c.block_m == 0 and call.max_k % c.block_n == 0
-    args = (q, k, v)
-    if c.descriptors:
-        args = (
-            _descriptor(q, c.block_m, block_d),
-            _descriptor(k, c.block_n, block_d),
-            _descriptor(v, c.block_n, block_dv),
-        )
-    out, out_lse, part_strides = o, lse, (0, 0)
-    if splits > 1:
-        shape = (splits, *o.shape)
-        out = o.new_empty(shape, dtype=torch.float32)
-        out_lse = lse.new_empty((splits, *lse.shape))
-        part_strides = (out.stride(0), out_lse.stride(0))
-    o_strides, l_strides = out.stride()[-4:-1], out_lse.stride()[-3:-1]
-    forward_kernel[(tiles * all_heads, splits)](
-        *args, out, out_lse, call.cu_q, call.cu_k,
-        *q.stride(), *k.stride(), *v.stride(), part_strides[0], *o_strides,
-        part_strides[1], *l_strides,
-        kv_heads if pack else heads, all_heads, call.max_q, call.max_k, tiles,
-        min(all_heads, _section(call, k, v, 1 if pack else group)),
-        call.window or 0, call.scale * LOG2E,
-        GROUP=group, D=d, DV=dv, BLOCK_D=block_d, BLOCK_DV=block_dv,
-        BLOCK_M=c.block_m, BLOCK_N=c.block_n,
-        CAUSAL=call.causal, WINDOW=call.window is not None, VARLEN=call.cu_q is not None,
-        EVEN=even, PACK=pack, SPLITS=splits, DESCRIPTOR=c.descriptors,
-        WIDE=_wide(max(c.block_m, c.block_n), q, k, v, o), PRECISION=call.precision,
-        num_warps=c.num_warps, num_stages=c.num_stages,
-    )  # fmt: skip
-    if splits > 1:
-        total = o.shape[0] * heads * o.shape[2]
-        block_m = 4 if block_dv >= 128 else 8
-        merge_kernel[(triton.cdiv(total, block_m),)](
-            out, out_lse, o, lse, total, part_strides[0], part_strides[1],
-            heads, o.shape[2], *o.stride()[:3], *lse.stride()[:2],
-            DV=dv, BLOCK_DV=block_dv, BLOCK_M=block_m, SPLITS=splits, num_warps=4,
+    def __init__(self, q, k, v, o, lse, call: Call, c: Config, rows, all_heads, pack, splits):
+        heads, kv_heads = q.shape[1], k.shape[1]
+        group, dv = heads // kv_heads, v.shape[3]
+        tiles = triton.cdiv(rows, c.block_m)
+        constants = _tile_constants(call, c, q, v)
+        width = constants["BLOCK_D"], constants["BLOCK_DV"]
+        self.roads = (
+            (Described(q, c.block_m, width[0]), Described(k, c.block_n, width[0]),
+             Described(v, c.block_n, width[1]))
+            if c.descriptors else (_as_it_is,) * 3
+        )  # fmt: skip
+        self.splits, part_strides = splits, (0, 0)
+        if splits > 1:
+            o, lse, merged = *self._parts(o, lse), (o, lse)
+            part_strides = (o.stride(0), lse.stride(0))
+            block_m, total = (4 if width[1] >= 128 else 8), merged[1].numel()
+            self.merge = Launcher(
+                merge_kernel,
+                (triton.cdiv(total, block_m),),
+                (total, *part_strides, heads, merged[1].shape[2],
+                 *merged[0].stride()[:3], *merged[1].stride()[:2]),
+                dict(DV=dv, BLOCK_DV=width[1], BLOCK_M=block_m, SPLITS=splits),
+                Config(block_m, 0, 4, 1),
+            )  # fmt: skip
+        self.attend = Launcher(
+            forward_kernel,
+            (tiles * all_heads, splits),
+            (*q.stride(), *k.stride(), *v.stride(), part_strides[0], *o.stride()[-4:-1],
+             part_strides[1], *lse.stride()[-3:-1], kv_heads if pack else heads, all_heads,
+             call.max_q, call.max_k, tiles,
+             min(all_heads, _section(call, k, v, 1 if pack else group)),
+             call.window or 0, call.scale * LOG2E, call.scale),
+            dict(GROUP=group, **constants, PACK=pack, SPLITS=splits,
+                 **_road_constants(call, c, q, k, v, o)),
+            c,
         )  # fmt: skip
 
+    def _parts(self, o, lse):
+        """Where the programs that share a tile leave their states: O in float32, and LSE."""
+        out = o.new_empty((self.splits, *o.shape), dtype=torch.float32)
+        return out, lse.new_empty((self.splits, *lse.shape))
 
-# -- backward ------------------------------------------------------------------------------------
+    def __call__(self, q, k, v, o, lse, call: Call) -> None:
+        describe_q, describe_k, describe_v = self.roads
+        q, k, v = describe_q(q), describe_k(k), describe_v(v)
+        if self.splits == 1:
+            self.attend(q, k, v, o, lse, call.cu_q, call.cu_k)
+            return
+        parts = self._parts(o, lse)
+        self.attend(q, k, v, *parts, call.cu_q, call.cu_k)
+        self.merge(*parts, o, lse)
+
+
+# -- backward --------------------------------------------------------------------------------------
 
 
 def backward(
@@ -292,113 +428,121 @@ def backward(
     dkdv_config: Config | None = None,
     dq_config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dQ, dK, dV, shaped and laid out as q, k, v; ``dlse`` may be None (LSE was not used)."""
-    check_can_launch("flash_attention", q, k, v, dout)
+    """dQ, dK, dV, laid out as q, k, v; ``dlse`` is None if LSE was not used."""
     if dout.stride(3) != 1 or 0 in dout.stride():
-        dout = dout.contiguous()  # the gradient of .sum() is one number with strides of 0
-    dq, dk, dv = like(q, q.shape[3]), like(k, k.shape[3]), like(v, v.shape[3])
-    if call.max_q == 0 or call.max_k == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
-    delta = torch.empty_like(lse)
-    _delta(o, dout, lse, dlse, delta, call)
+        dout = dout.contiguous()  # the gradient of .sum() is one number, with strides of 0
+    key = ("backward", dkdv_config, dq_config, dlse is None or dlse.stride(), o.stride(),
+           *_key(call, q, k, v, dout))  # fmt: skip
+    plan = _plans.get(key)
+    with _On(q):
+        grads = like(q, q.shape[3]), like(k, k.shape[3]), like(v, v.shape[3])
+        if call.max_q == 0 or call.max_k == 0:
+            return tuple(x.zero_() for x in grads)
+        delta = torch.empty_like(lse)
+        tensors = (dout, dlse, q, k, v, o, lse, delta, *grads)
+        if plan is None:
+            check_can_launch("flash_attention", q, k, v, dout)
+            plan = _remember(key, _Backward(*tensors, call, dkdv_config, dq_config))
+        plan(*tensors, call)
+    return grads
 
-    batch = call.sequences or q.shape[0]
-    describable = _describable(q, k, v, dout)
-    width = q.shape[3] + v.shape[3]
-    by_hand = _backward_by_hand(q, k, v, dout, call)
-    if by_hand is None:
-        from labkit.flash import hopper_backward
 
-        problem = _problem("dkdv", call, q, k, v, batch * k.shape[1], describable, None)
-        whole = hopper_backward.candidates(problem)
-    else:
-        whole = []
-    if whole and dkdv_config is None and dq_config is None:
-        hopper_backward.backward(
-            q, k, v, dout, lse, delta, dq, dk, dv,
-            scale=call.scale, causal=call.causal, window=call.window,
+class _Backward:
+    """δ, then dK and dV, then dQ: three kernels and their configurations."""
+
+    def __init__(self, dout, dlse, q, k, v, o, lse, delta, dq, dk, dv, call: Call, c_kv, c_q):
+        batch = call.sequences or q.shape[0]
+        heads, kv_heads = q.shape[1], k.shape[1]
+        flops = _flops(call, batch * heads, q.shape[3] + v.shape[3])
+        extra = lse if dlse is None else dlse
+        block_m = 32
+        tiles = triton.cdiv(call.max_q, block_m)
+        self.delta = Launcher(
+            delta_kernel,
+            (tiles * batch * heads,),
+            (*o.stride()[:3], *dout.stride(), *extra.stride(), *lse.stride()[:2],
+             heads, call.max_q, tiles),
+            dict(DV=v.shape[3], BLOCK_DV=_block(v.shape[3]), BLOCK_M=block_m,
+                 VARLEN=call.cu_q is not None, HAS_DLSE=dlse is not None),
+            Config(block_m, 0, 4, 1),
         )  # fmt: skip
-        return dq, dk, dv
+        describable = _describable(q, k, v, dout)
+        tensors = (q, k, v, dout, lse, delta, dq, dk, dv)
 
-    problem = _problem("dkdv", call, q, k, v, batch * k.shape[1], describable, "stock Triton")
-    run = lambda c: _dkdv(q, k, v, dout, lse, delta, dk, dv, call, c)  # noqa: E731
-    flops = 2 * _flops(call, batch * q.shape[1], width)
-    run(dkdv_config or tuning.choose(problem, flops, run))
-    problem = _problem("dq", call, q, k, v, batch * q.shape[1], describable, "stock Triton")
-    run = lambda c: _dq(q, k, v, dout, lse, delta, dq, call, c)  # noqa: E731
-    run(dq_config or tuning.choose(problem, flops, run))
-    return dq, dk, dv
+        def choose(kind: str, made, tiled: int, product: float) -> Config:
+            problem = _problem(
+                kind, call, q, k, v, batch * tiled, product * flops, describable, "backward"
+            )
+            return tuning.choose(
+                problem, product * flops,
+                lambda c: _ready(made(*tensors, call, c), *tensors, call),
+            )  # fmt: skip
 
+        self.dkdv = _Dkdv(*tensors, call, c_kv or choose("dkdv", _Dkdv, kv_heads, 2))
+        self.dq = _Dq(*tensors, call, c_q or choose("dq", _Dq, heads, 1.5))
 
-def _backward_by_hand(q, k, v, dout, call: Call) -> str | None:
-    """Why the hand-written Hopper backward cannot run; None when it can."""
-    if call.cu_q is not None:
-        return "varlen"
-    if card(q)[0] != 90:
-        return "not a Hopper card"
-    return "not wired yet"
-
-
-def _delta(o, dout, lse, dlse, delta, call: Call) -> None:
-    dv = o.shape[3]
-    block_m = 32
-    tiles = triton.cdiv(call.max_q, block_m)
-    batch = call.sequences or o.shape[0]
-    extra = lse if dlse is None else dlse
-    delta_kernel[(tiles * batch * o.shape[1],)](
-        o, dout, lse, extra, delta, call.cu_q,
-        *o.stride()[:3], *dout.stride(), *extra.stride(), *lse.stride()[:2],
-        o.shape[1], call.max_q, tiles,
-        DV=dv, BLOCK_DV=_block(dv), BLOCK_M=block_m,
-        VARLEN=call.cu_q is not None, HAS_DLSE=dlse is not None, num_warps=4,
-    )  # fmt: skip
+    def __call__(self, dout, dlse, q, k, v, o, lse, delta, dq, dk, dv, call: Call) -> None:
+        self.delta(o, dout, lse, lse if dlse is None else dlse, delta, call.cu_q)
+        tensors = (q, k, v, dout, lse, delta, dq, dk, dv)
+        self.dkdv(*tensors, call)
+        self.dq(*tensors, call)
 
 
-def _constants(call: Call, c: Config, q, v, tensors) -> dict:
-    d, dv = q.shape[3], v.shape[3]
-    even = call.cu_q is None and call.max_q % c.block_m == 0 and call.max_k % c.block_n == 0
-    return dict(
-        D=d, DV=dv, BLOCK_D=_block(d), BLOCK_DV=_block(dv), BLOCK_M=c.block_m, BLOCK_N=c.block_n,
-        CAUSAL=call.causal, WINDOW=call.window is not None, VARLEN=call.cu_q is not None,
-        EVEN=even, DESCRIPTOR=c.descriptors, WIDE=_wide(max(c.block_m, c.block_n), *tensors),
-        PRECISION=call.precision, num_warps=c.num_warps, num_stages=c.num_stages,
-    )  # fmt: skip
-
-
-def _tiles_of(c: Config, q, k, v, dout):
-    """The four inputs as a kernel wants them: described to the copy engine, or as they are."""
+def _roads(c: Config, q, k, v, dout) -> tuple:
+    """How the four inputs reach a kernel: described to the copy engine, or as they are."""
     if not c.descriptors:
-        return q, k, v, dout
+        return (_as_it_is,) * 4
     block_d, block_dv = _block(q.shape[3]), _block(v.shape[3])
     return (
-        _descriptor(q, c.block_m, block_d), _descriptor(k, c.block_n, block_d),
-        _descriptor(v, c.block_n, block_dv), _descriptor(dout, c.block_m, block_dv),
+        Described(q, c.block_m, block_d), Described(k, c.block_n, block_d),
+        Described(v, c.block_n, block_dv), Described(dout, c.block_m, block_dv),
     )  # fmt: skip
 
 
-def _dkdv(q, k, v, dout, lse, delta, dk, dv, call: Call, c: Config) -> None:
-    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    every = (call.sequences or q.shape[0]) * kv_heads
-    tiles = triton.cdiv(call.max_k, c.block_n)
-    dkdv_kernel[(tiles * every,)](
-        *_tiles_of(c, q, k, v, dout), lse, delta, dk, dv, call.cu_q, call.cu_k,
-        *q.stride(), *k.stride(), *v.stride(), *dout.stride(), *lse.stride()[:2],
-        *dk.stride()[:3], *dv.stride()[:3],
-        kv_heads, every, call.max_q, call.max_k, tiles, min(every, _section(call, q, dout)),
-        call.window or 0, call.scale * LOG2E, call.scale,
-        GROUP=group, **_constants(call, c, q, v, (q, k, v, dout, dk, dv)),
-    )  # fmt: skip
+class _Dkdv:
+    """The kernel of dK and dV with one configuration."""
+
+    def __init__(self, q, k, v, dout, lse, delta, dq, dk, dv, call: Call, c: Config) -> None:
+        kv_heads = k.shape[1]
+        every = (call.sequences or q.shape[0]) * kv_heads
+        tiles = triton.cdiv(call.max_k, c.block_n)
+        self.roads = _roads(c, q, k, v, dout)
+        self.launch = Launcher(
+            dkdv_kernel,
+            (tiles * every,),
+            (*q.stride(), *k.stride(), *v.stride(), *dout.stride(), *lse.stride()[:2],
+             *dk.stride()[:3], *dv.stride()[:3], kv_heads, every, call.max_q, call.max_k, tiles,
+             min(every, _section(call, q, dout)), call.window or 0, call.scale * LOG2E, call.scale),
+            dict(GROUP=q.shape[1] // kv_heads, **_tile_constants(call, c, q, v),
+                 **_road_constants(call, c, q, k, v, dout, dk, dv)),
+            c,
+        )  # fmt: skip
+
+    def __call__(self, q, k, v, dout, lse, delta, dq, dk, dv, call: Call) -> None:
+        inputs = (road(x) for road, x in zip(self.roads, (q, k, v, dout), strict=True))
+        self.launch(*inputs, lse, delta, dk, dv, call.cu_q, call.cu_k)
 
 
-def _dq(q, k, v, dout, lse, delta, dq, call: Call, c: Config) -> None:
-    heads, group = q.shape[1], q.shape[1] // k.shape[1]
-    every = (call.sequences or q.shape[0]) * heads
-    tiles = triton.cdiv(call.max_q, c.block_m)
-    dq_kernel[(tiles * every,)](
-        *_tiles_of(c, q, k, v, dout), lse, delta, dq, call.cu_q, call.cu_k,
-        *q.stride(), *k.stride(), *v.stride(), *dout.stride(), *lse.stride()[:2],
-        *dq.stride()[:3],
-        heads, every, call.max_q, call.max_k, tiles, min(every, _section(call, k, v, group)),
-        call.window or 0, call.scale * LOG2E, call.scale,
-        GROUP=group, **_constants(call, c, q, v, (q, k, v, dout, dq)),
-    )  # fmt: skip
+class _Dq:
+    """The kernel of dQ with one configuration."""
+
+    def __init__(self, q, k, v, dout, lse, delta, dq, dk, dv, call: Call, c: Config) -> None:
+        heads, group = q.shape[1], q.shape[1] // k.shape[1]
+        every = (call.sequences or q.shape[0]) * heads
+        tiles = triton.cdiv(call.max_q, c.block_m)
+        self.roads = _roads(c, q, k, v, dout)
+        self.launch = Launcher(
+            dq_kernel,
+            (tiles * every,),
+            (*q.stride(), *k.stride(), *v.stride(), *dout.stride(), *lse.stride()[:2],
+             *dq.stride()[:3], heads, every, call.max_q, call.max_k, tiles,
+             min(every, _section(call, k, v, group)), call.window or 0, call.scale * LOG2E,
+             call.scale),
+            dict(GROUP=group, **_tile_constants(call, c, q, v),
+                 **_road_constants(call, c, q, k, v, dout, dq)),
+            c,
+        )  # fmt: skip
+
+    def __call__(self, q, k, v, dout, lse, delta, dq, dk, dv, call: Call) -> None:
+        inputs = (road(x) for road, x in zip(self.roads, (q, k, v, dout), strict=True))
+        self.launch(*inputs, lse, delta, dq, call.cu_q, call.cu_k)

@@ -112,7 +112,6 @@ def hide(s, i, j, Nq, Nk, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
 def visible_pairs(n_q: int, n_k: int, causal: bool, window: int | None) -> int:
     """How many (query, key) pairs are visible: what the FLOP formulas count."""
     off = n_k - n_q
-    total = 0
     if not causal and window is None:
         return n_q * n_k
 
@@ -129,8 +128,5 @@ def visible_pairs(n_q: int, n_k: int, causal: bool, window: int | None) -> int:
             total += (first + last) * (last - first + 1) // 2
         return total
 
-    if causal:
-        total = below(1)
-    else:
-        total = below(window)
+    total = below(1) if causal else below(window)
     return total - (below(1 - window) if window is not None else 0)

@@ -14,8 +14,8 @@ of its rows as
 and :math:`\log_2 e` into one constant leaves one multiply-add and one exponential per score.
 m is kept in units of S: the scale is positive, so the maximum is taken before it.
 
-At the end :math:`O / l` is the output and :math:`\mathrm{LSE} = c\,m \ln 2 + \ln l` is what the
-backward pass needs (chapter 09).
+At the end :math:`O / l` is the output and :math:`\mathrm{LSE} = \mathrm{scale}\; m + \ln l` is
+what the backward pass needs (chapter 09).
 
 Taught in chapter 08 (the forward kernel); the algorithm is chapter 07's.
 """
@@ -41,15 +41,14 @@ def rescale_and_exponentiate(s, m, l, o, c, MASKED: tl.constexpr):
         cm = tl.where(m_new == float("-inf"), 0.0, cm)
     p = tl.exp2(s * c - cm[:, None])
     alpha = tl.exp2(m * c - cm)
-    l = l * alpha + tl.sum(p, 1)  # noqa: E741
+    l = l * alpha + tl.sum(p, 1)
     return p, m_new, l, o * alpha[:, None]
 
 
 @triton.jit
-def finish(m, l, o, c):
+def finish(m, l, o, scale):
     """``O / l`` and the natural LSE of each row; 0 and −∞ for a row that saw nothing."""
-    LN2: tl.constexpr = 0.6931471805599453
     nothing = l == 0.0
-    l = tl.where(nothing, 1.0, l)  # noqa: E741
-    lse = tl.where(nothing, float("-inf"), (c * m + tl.log2(l)) * LN2)
+    l = tl.where(nothing, 1.0, l)
+    lse = tl.where(nothing, float("-inf"), m * scale + tl.log(l))
     return o / l[:, None], lse

@@ -118,6 +118,10 @@ class Problem:
         return " ".join(parts)
 
 
+#: of the 255 registers that a thread can have, some hold addresses, masks and row sums
+_MOST_REGISTERS = 230
+
+
 def _pow2(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
@@ -134,7 +138,10 @@ def shared_bytes(config: Config, problem: Problem) -> int:
     streamed = m if problem.kind == "dkdv" else n
     resident = {"forward": m * d, "dkdv": n * (d + dv), "dq": m * (d + dv)}[problem.kind]
     vectors = 8 * m * config.num_stages if problem.kind == "dkdv" else 0
-    return e * (config.num_stages * streamed * (d + dv) + resident) + vectors + 1024
+    # tcgen05 reads its factors from shared memory: there P and dS pass through it.
+    staged = {"dkdv": 2 * m * n, "dq": m * n}.get(problem.kind, 0)
+    staged *= 100 <= problem.arch < 120
+    return e * (config.num_stages * streamed * (d + dv) + resident + staged) + vectors + 1024
 
 
 def registers(config: Config, problem: Problem) -> float:
@@ -146,27 +153,23 @@ def registers(config: Config, problem: Problem) -> float:
     return (held + scores) / (32 * config.num_warps)
 
 
-def _grid(kind: str) -> Iterable[tuple[int, int, int, int]]:
-    if kind == "forward":
-        return [
-            (m, n, warps, stages)
-            for m, warps in ((128, 8), (128, 4), (64, 4))
-            for n in (128, 64, 32)
-            for stages in (2, 3, 4)
-        ]
-    if kind == "dkdv":
-        return [
-            (m, n, warps, stages)
-            for n, warps in ((128, 8), (64, 4), (128, 4), (32, 4))
-            for m in (128, 64, 32)
-            for stages in (2, 3)
-        ]
-    return [
-        (m, n, warps, stages)
-        for m, warps in ((128, 8), (64, 4), (128, 4))
-        for n in (128, 64, 32)
-        for stages in (2, 3)
-    ]
+#: (block_m, block_n, warps, stages): what won or came within a few per cent somewhere.  Small
+#: tiles with 4 warps leave room for two programs on a multiprocessor, which hide each other's
+#: softmax; large ones with 8 warps read K and V less often.
+_GRID = {
+    "forward": (
+        (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2), (128, 128, 8, 3),
+        (128, 64, 8, 3), (64, 32, 4, 3), (128, 32, 4, 2), (64, 64, 4, 2),
+    ),
+    "dkdv": (
+        (64, 64, 4, 2), (128, 64, 4, 2), (64, 128, 8, 3), (64, 128, 8, 2), (32, 64, 4, 3),
+        (32, 64, 4, 2), (32, 32, 4, 2),
+    ),
+    "dq": (
+        (128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 3), (64, 32, 4, 3),
+        (64, 32, 4, 2), (32, 32, 4, 2),
+    ),
+}  # fmt: skip
 
 
 def space(problem: Problem) -> list[Config]:
@@ -176,11 +179,11 @@ def space(problem: Problem) -> list[Config]:
         found += _by_hand(problem)
     roads = (True, False) if problem.descriptors else (False,)
     rows = _pow2(problem.rows if problem.kind != "dkdv" else problem.cols)
-    for m, n, warps, stages in _grid(problem.kind):
+    for m, n, warps, stages in _GRID[problem.kind]:
         config = Config(m, n, warps, stages)
         if shared_bytes(config, problem) > problem.shared_limit:
             continue
-        if registers(config, problem) > (220 if problem.itemsize == 2 else 160):
+        if registers(config, problem) > _MOST_REGISTERS:
             continue
         if (m if problem.kind != "dkdv" else n) > max(rows, 64):
             continue
@@ -206,12 +209,14 @@ def default(problem: Problem) -> Config:
     if exact:  # products on the CUDA cores: each element of a tile is also a register
         order = [(64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1)]
     elif problem.kind == "forward":
-        order = [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2),
+        order = [(128, 64, 4, 3 if wide <= 64 else 2), (128, 64, 4, 2), (128, 64, 8, 2),
                  (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)]  # fmt: skip
+        if problem.causal and wide >= 128:
+            order = order[3:]  # a tile on the diagonal is half masked: the smaller wastes less
     elif problem.kind == "dkdv":
-        order = [(64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1)]
+        order = [(64, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1)]
     else:
-        order = [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 1)]
+        order = [(128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 1)]
     own = problem.rows if problem.kind != "dkdv" else problem.cols
     programs = problem.heads * -(-own // 128)
     if programs < problem.sms or own <= 64:  # few tiles: smaller ones keep more of the card busy
@@ -221,7 +226,7 @@ def default(problem: Problem) -> Config:
     for m, n, warps, stages in order:
         config = Config(m, n, warps, stages, problem.descriptors and problem.arch >= 90)
         fits = shared_bytes(config, problem) <= problem.shared_limit
-        if fits and registers(config, problem) <= (255 if exact else 220):
+        if fits and registers(config, problem) <= (255 if exact else _MOST_REGISTERS):
             return config
     return replace(config, num_stages=1)
 
@@ -287,7 +292,7 @@ def forget() -> None:
 def choose(
     problem: Problem,
     flops: float,
-    launch: Callable[[Config], None],
+    ready: Callable[[Config], Callable[[], None]],
     *,
     always: bool = False,
 ) -> Config:
@@ -297,7 +302,7 @@ def choose(
     ----------
     problem : what is to be computed.
     flops : how much work one launch is; small work takes the default.
-    launch : runs the kernel once on the real inputs with a given configuration.
+    ready : makes of a configuration something that launches the kernel on the real inputs.
     always : time even what is small.
     """
     import torch
@@ -314,14 +319,14 @@ def choose(
     path = cache_file()
     _load(path)
     if key not in _chosen:
-        config, times = fastest(space(problem), launch)
+        config, times = fastest(space(problem), ready)
         _chosen[key] = config if config is not None else default(problem)
         _save(path, key, _chosen[key], times)
     return _chosen[key]
 
 
 def fastest(
-    configs: Iterable[Config], launch: Callable[[Config], None]
+    configs: Iterable[Config], ready: Callable[[Config], Callable[[], None]]
 ) -> tuple[Config | None, dict[str, float]]:
     """Time each configuration; the fastest, and all times in ms.  What cannot run is left out."""
     from triton.compiler.errors import CompilationError
@@ -332,8 +337,7 @@ def fastest(
     best, best_ms = None, float("inf")
     for config in configs:
         try:
-            launch(config)
-            ms = do_bench(lambda c=config: launch(c), warmup=5, rep=20, return_mode="median")
+            ms = do_bench(ready(config), warmup=5, rep=20, return_mode="median")
         except (OutOfResources, CompilationError, PTXASError, NotImplementedError):
             continue  # this compiler version cannot make it: one candidate fewer
         c = config
