@@ -190,7 +190,7 @@ def test_merge_outputs_merges_finished_pieces():
 def test_tiles_are_attention_at_every_length(n, mask):
     q, k, v = inputs(n, n)
     right, scores, _ = oracle.attention_f64(q, k, v, **mask)
-    for block_m, block_n in BLOCKS[1:] if n > 17 else BLOCKS:
+    for block_m, block_n in BLOCKS[2:] if n > 17 else BLOCKS:
         out, lse = tiled_attention(
             q, k, v, block_m=block_m, block_n=block_n, return_lse=True, **mask
         )

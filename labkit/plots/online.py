@@ -108,7 +108,7 @@ def order_spread(ax: Axes, errors: Mapping[str, Sequence[float]]) -> str:
 
     Parameters
     ----------
-    errors : label to the error of each order, ascending order first.
+    errors : label to the error of each order in units of the dtype's ε, ascending order first.
     """
     t = theme()
     if not errors or not all(errors.values()):
@@ -117,23 +117,21 @@ def order_spread(ax: Axes, errors: Mapping[str, Sequence[float]]) -> str:
         colour = t.cycle[place % len(t.cycle)]
         first, *others = values
         # spread them a little, the same way every time, so that points that meet can be seen
-        shift = [0.12 * ((7 * n) % 5 - 2) / 2 for n in range(len(others))]
-        ax.plot(others, [place + s for s in shift], "o", color=colour, alpha=0.55, markersize=5)
-        ax.plot([first], [place], "D", color=t.ink, markersize=6, fillstyle="none")
+        shift = [0.12 * ((7 * n) % 5 - 2) for n in range(len(others))]
+        ax.plot(others, [place + s for s in shift], "o", color=colour, alpha=0.6, markersize=5)
+        ax.plot([first], [place], "D", color=t.ink, markersize=7, fillstyle="none", zorder=4)
         ax.annotate(
-            name, (max(values), place), xytext=(10, 0), textcoords="offset points",
+            name, (max(values), place), xytext=(12, 0), textcoords="offset points",
             va="center", color=colour, fontsize=9.5,
         )  # fmt: skip
-    ax.set_xscale("log")
-    low, high = ax.get_xlim()
-    ax.set_xlim(low, high * (high / low) ** 0.22)  # room for the last name
+    ax.set_xlim(0, 1.45 * max(max(values) for values in errors.values()))
     ax.set_yticks([])
     ax.set_ylim(len(errors) - 0.5, -0.5)
     ax.spines["left"].set_visible(False)
-    ax.set_xlabel("relative error against float64")
+    ax.set_xlabel("relative error against float64, in units of the dtype's ε")
     names = ", ".join(errors)
     return (
-        f"Strips of points on one logarithmic axis of errors, for {names}. Each point is the same "
-        "attention with its blocks of keys in another order; a diamond marks ascending order. "
-        "Within a strip the points lie close together, the strips lie far apart."
+        f"Strips of points on one axis of errors, in units of the dtype's ε, for {names}. Each "
+        "point is the same attention with its blocks of keys in another order; a diamond marks "
+        "ascending order. Each strip is narrow against its distance from zero."
     )
