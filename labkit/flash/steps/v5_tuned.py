@@ -14,6 +14,7 @@ Taught in chapter 08 (what does the kernel look like?).
 from __future__ import annotations
 
 from labkit.flash import launch, tuning
+from labkit.flash.masking import visible_pairs
 from labkit.flash.steps import _host
 
 __all__ = ["call_for", "forward", "problem_for"]
@@ -26,18 +27,24 @@ def call_for(q, k, causal: bool, scale: float) -> launch.Call:
 
 def problem_for(q, k, v, call: launch.Call, by_hand: str | None) -> tuning.Problem:
     """What the choice depends on; ``by_hand`` says why the hand-written kernel is left out."""
-    describable = launch._describable(q, k, v)
-    heads = q.shape[0] * q.shape[1]
-    return launch._problem("forward", call, q, k, v, heads, describable, by_hand)
+    arch, shared_limit, sms, _ = launch.card(q)
+    return tuning.Problem(
+        kind="forward", dtype=str(q.dtype).removeprefix("torch."), precision=call.precision,
+        head_dim=q.shape[3], head_dim_v=v.shape[3], rows=call.max_q, cols=call.max_k,
+        heads=q.shape[0] * q.shape[1], causal=call.causal, windowed=False, descriptors=arch >= 90,
+        by_hand=by_hand, arch=arch, shared_limit=shared_limit, sms=sms,
+    )  # fmt: skip
 
 
 def forward(q, k, v, *, causal: bool = False, scale: float | None = None):
     """O and LSE of attention; parameters, result and errors as in ``v1_correct.forward``."""
     sizes, scale = _host.check(q, k, v, scale)
     call = call_for(q, k, causal, scale)
-    problem = problem_for(q, k, v, call, "step 5 is without it")
-    flops = launch._flops(call, sizes.batch * sizes.heads, 2 * sizes.head_dim)
-    config = tuning.choose(
-        problem, flops, lambda c: launch.forward(q, k, v, call, config=c, splits=1)
-    )
-    return launch.forward(q, k, v, call, config=config, splits=1)
+    key = problem_for(q, k, v, call, "step 5 is without it")
+
+    def ready(config: tuning.Config):
+        return lambda: launch.forward(q, k, v, call, config=config, splits=1)
+
+    pairs = visible_pairs(sizes.seq_len_q, sizes.seq_len_k, causal, None)
+    flops = 4 * sizes.batch * sizes.heads * sizes.head_dim * pairs
+    return launch.forward(q, k, v, call, config=tuning.choose(key, flops, ready), splits=1)

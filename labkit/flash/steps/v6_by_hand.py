@@ -51,6 +51,10 @@ def forward(q, k, v, *, causal: bool = False, scale: float | None = None):
     key = problem_for(q, k, v, call, None).key
     if key not in _chosen:
         found = configs(q, k, v, causal=causal)
-        best, _ = tuning.fastest(found, lambda c: launch.forward(q, k, v, call, config=c))
+
+        def ready(config: tuning.Config):
+            return lambda: launch.forward(q, k, v, call, config=config)
+
+        best, _ = tuning.fastest(found, ready)
         _chosen[key] = best or found[0]
     return launch.forward(q, k, v, call, config=_chosen[key])
