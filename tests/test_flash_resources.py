@@ -32,7 +32,7 @@ def production() -> ResourceTable:
     others = [asked(kind, "sm_120", largest(kind, "sm_120")) for kind in KINDS]
     others += [asked(step, head_dim=64, disassemble=True) for step in ("v1", "v2")]
     others += [asked("forward", config=BIG), asked("v4"), asked("v4", "sm_80")]
-    # All at once: what takes long is a process that loads Triton.  The tests below then find theirs.
+    # All at once: a process takes long to load Triton.  The tests below then find theirs.
     resources.reports([*others, *(asked(kind, arch) for kind in KINDS for arch in ALL)])
     return resources.table(KINDS, ALL, head_dims=(128,))
 
@@ -127,7 +127,8 @@ def test_each_architecture_gets_the_instructions_that_it_has(production):
 
 
 def test_step_4_has_no_use_on_a_card_without_a_copy_engine(production):
-    with_it, without = (resources.report("v4", None, a, disassemble=False) for a in ("sm_90", "sm_80"))
+    with_it = resources.report("v4", None, "sm_90", disassemble=False)
+    without = resources.report("v4", None, "sm_80", disassemble=False)
     assert with_it.ptx_counts["cp.async.bulk.tensor"] and not with_it.spill_bytes
     assert not without.ptx_counts["cp.async.bulk.tensor"]
     assert not without.ptx_counts["cp.async"], "nothing is fetched ahead either"
