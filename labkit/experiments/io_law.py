@@ -26,8 +26,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from labkit import io
-from labkit.errors import LabError, check_choice
+from labkit import io, records
+from labkit.errors import LabError, RecordError, check_choice
 from labkit.experiments import Progress, Result, has_gpu
 from labkit.experiments import steps as each
 from labkit.experiments._io_child import NAIVE, count_point, labels
@@ -185,6 +185,31 @@ def _fit_one(result: Result, key: str, order: str, knob: str, y: str, what: str)
     fit = fit_power(x, values, last=len(x))
     how = f"{what}, {order}, counted over {_WORDS[knob]} = {x[0]} … {x[-1]}: least squares on logs"
     result.add(key, fit.exponent, "1", how)
+
+
+def counters(result: Any = None) -> dict[str, list[tuple[int, float]]]:
+    """What a GPU's counters said, by kind: ``{"hbm.naive": [(N, bytes), …], "l2.tile": …}``.
+
+    Parameters
+    ----------
+    result : a result or record of this experiment; the recorded H200 run by default.
+
+    Returns
+    -------
+    dict
+        pairs in order of N, or of block_m for ``"….tile"``; empty where nothing was read.
+    """
+    if result is None:
+        try:
+            result = records.load("io_law")
+        except RecordError:
+            return {}
+    out: dict[str, list[tuple[int, float]]] = {}
+    for key in result.results:
+        what, _, size = key.rpartition(".")
+        if what.split(".")[0] in ("hbm", "l2", "seconds") and size.isdigit():
+            out.setdefault(what, []).append((int(size), result.value(key)))
+    return {what: sorted(pairs) for what, pairs in out.items()}
 
 
 # -- measured ----------------------------------------------------------------------------------
