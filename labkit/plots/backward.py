@@ -328,12 +328,12 @@ def kernel_split(ax: Axes, result: Any, *, where: str = "") -> str:
 def gradient_errors(ax: Axes, result: Any, *, logits: int = 1, where: str = "") -> str:
     """Relative error of the gradients against float64, by dtype and implementation.
 
+    Each point is the error of dK; its bar spans the errors of dQ, dK and dV.
+
     Parameters
     ----------
     result, where : as for :func:`ways_memory`; rows of part ``"error"``.
     logits : the factor on the logits whose rows are drawn.
-
-    Each point is dK's error; its bar spans the errors of dQ, dK and dV.
     """
     t = theme()
     rows = _rows(result, part="error", logits=logits)
