@@ -146,8 +146,8 @@ class State:
     """
 
     m: torch.Tensor
-    l: torch.Tensor  # noqa: E741 - the name that every paper gives it
-    O: torch.Tensor  # noqa: E741
+    l: torch.Tensor
+    O: torch.Tensor
 
 
 def identity(
@@ -305,7 +305,7 @@ class FinishStep:
     i: int
     rows: slice
     before: State = field(repr=False)
-    O: torch.Tensor = field(repr=False)  # noqa: E741
+    O: torch.Tensor = field(repr=False)
     LSE: torch.Tensor = field(repr=False)
 
 
@@ -359,9 +359,8 @@ def _tiles(
             keys = key_blocks[j]
             if not _any_visible(sizes, rows, keys, causal, window):
                 continue  # skipped: neither K nor V of this tile is read
-            # A KV head serves its whole group: the tile is repeated, K and V are not.
-            K = k[:, :, keys].repeat_interleave(sizes.group, dim=1).to(wide)
-            V = v[:, :, keys].repeat_interleave(sizes.group, dim=1).to(wide)
+            K = _for_query_heads(k[:, :, keys], sizes.group).to(wide)
+            V = _for_query_heads(v[:, :, keys], sizes.group).to(wide)
 
             S = (Q @ K.mT) * scale
             hidden = _hidden(sizes, rows, keys, causal, window, q.device)
@@ -371,8 +370,13 @@ def _tiles(
             yield TileStep(
                 i, j, rows, keys, S, before, state, torch.exp(before.m - _finite(state.m))
             )
-        O, lse = finish(state)  # noqa: E741
+        O, lse = finish(state)
         yield FinishStep(i, rows, state, O, lse)
+
+
+def _for_query_heads(tile: torch.Tensor, group: int) -> torch.Tensor:
+    # A KV head serves its whole group: the tile is repeated, K and V are not.
+    return tile if group == 1 else tile.repeat_interleave(group, dim=1)
 
 
 def _blocks(length: int, block: int) -> list[slice]:
@@ -512,7 +516,7 @@ def tiled_attention(
         if isinstance(step, FinishStep):
             outputs.append(step.O.to(q.dtype))
             lses.append(step.LSE)
-    O = torch.cat(outputs, dim=2)  # noqa: E741
+    O = torch.cat(outputs, dim=2)
     return (O, torch.cat(lses, dim=2)) if return_lse else O
 
 
