@@ -29,6 +29,7 @@ Taught in chapter 06 (how few bytes could it take?).
 
 from __future__ import annotations
 
+import html
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -161,22 +162,42 @@ class Traffic:
             out[a.tensor, a.kind] = out.get((a.tensor, a.kind), 0) + a.bytes
         return out
 
-    def __str__(self) -> str:
-        head = ("kernel", "tensor", "", "elements", "bytes", "× its size", "masked lanes")
-        rows = [head]
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows = [("kernel", "tensor", "", "elements", "bytes", "× its size", "masked lanes")]
         for a in self.accesses:
             times = "" if a.times is None else significant(a.times)
             moved = (f"{a.elements:,}", format_bytes(a.bytes), times, f"{a.masked:,}")
             rows.append((a.kernel, a.tensor, a.kind, *moved))
-        sums = (("all", "loads", self.loaded), ("all", "stores", self.stored))
-        rows += [(*s[:2], "", "", format_bytes(s[2]), "", "") for s in sums]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        for what, size in (("loads", self.loaded), ("stores", self.stored)):
+            rows.append(("all", what, "", "", format_bytes(size), "", ""))
+        return rows
+
+    def __str__(self) -> str:
+        rows = self._cells()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = []
         for row in rows:
             left = [cell.ljust(w) for cell, w in zip(row[:3], widths[:3], strict=True)]
             right = [cell.rjust(w) for cell, w in zip(row[3:], widths[3:], strict=True)]
             lines.append("  ".join(left + right).rstrip())
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        def row(cells: tuple[str, ...], tag: str) -> str:
+            sides = ("left",) * 3 + ("right",) * 4
+            scope = ' scope="col"' if tag == "th" else ""
+            return "<tr>" + "".join(
+                f'<{tag}{scope} style="text-align:{side}">{html.escape(cell)}</{tag}>'
+                for cell, side in zip(cells, sides, strict=True)
+            ) + "</tr>"
+
+        head, *body = self._cells()
+        return (
+            '<table class="labkit-memory"><caption>Bytes moved</caption>'
+            f"<thead>{row(head, 'th')}</thead>"
+            f"<tbody>{''.join(row(cells, 'td') for cells in body[:-2])}</tbody>"
+            f"<tfoot>{''.join(row(cells, 'td') for cells in body[-2:])}</tfoot></table>"
+        )
 
     def __repr__(self) -> str:
         return str(self)
