@@ -30,6 +30,7 @@ from labkit.plots.backward import (
     ways_time,
 )
 from labkit.plots.drawing import Drawing, Shown, draw, figure, show
+from labkit.plots.flash import flash_rates, flash_resources, flash_steps, score_clocks
 from labkit.plots.flow import data_flow
 from labkit.plots.growth import growth, here_beside_recorded, launch_overhead, scaling_fit
 from labkit.plots.hierarchy import (
@@ -63,6 +64,9 @@ __all__ = [
     "end_labels",
     "error_by_length",
     "figure",
+    "flash_rates",
+    "flash_resources",
+    "flash_steps",
     "gradient_errors",
     "growth",
     "here_beside_recorded",
@@ -81,6 +85,7 @@ __all__ = [
     "running_state",
     "saved_bars",
     "scaling_fit",
+    "score_clocks",
     "show",
     "size_axis",
     "stack_peaks",
