@@ -112,24 +112,50 @@ def test_a_failing_part_costs_its_rows_alone(monkeypatch):
     assert made.rows == [] and made.notes == ["repeats: RuntimeError: no such kernel"]
 
 
-def test_plain_triton_is_plain_only_inside(monkeypatch):
-    import os
+def test_tiles_are_tried_and_the_best_of_each_compared(monkeypatch):
+    """The GPU's part with its profiler replaced: what is launched, counted and divided."""
+    launched = []
 
-    from labkit.flash import launch
+    def times(fn, repeats):
+        gradients = fn()
+        launched.append([t.isfinite().all().item() for t in gradients])
+        return {"delta_kernel": [9.0] * 3, "dkdv_kernel": [2.0] * 3, "dq_kernel": [1.0] * 3} if len(
+            launched) <= 2 else {"one_pass_kernel": [3.5] * 3, "fill": [0.5] * 3}  # fmt: skip
 
-    monkeypatch.delenv("LABKIT_TUNE", raising=False)
-    before = launch._backward_by_hand
-    with experiment._plain_triton():
-        assert launch._backward_by_hand() == "plain Triton was asked for"
-        assert os.environ["LABKIT_TUNE"] == "0"
-    assert launch._backward_by_hand is before and "LABKIT_TUNE" not in os.environ
+    monkeypatch.setattr(experiment, "_kernel_times", times)
+    monkeypatch.setattr(
+        experiment, "_TILES",
+        {"dkdv": ((16, 16, 4, 1),), "dq": ((16, 16, 4, 1),), "one_pass": ((16, 16, 4, 1),)},
+    )  # fmt: skip
+    monkeypatch.setattr(experiment, "_DKDV", (16, 16, 4, 1))
+    monkeypatch.setattr(experiment, "_DQ", (16, 16, 4, 1))
+    made = Result()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plan = {"tokens": 32, "width": 16, "dtype": "float32"}
+    experiment._tiles(made, plan, device, 16, 32, False)
+    assert made.notes == [] and launched == [[True] * 3] * 3
+    assert made.value("passes.d16.two") == pytest.approx(3e-3)
+    assert made.value("passes.d16.one") == pytest.approx(4e-3)
+    assert made.value("passes.d16.ratio") == pytest.approx(4 / 3)
+    product = 2 * 32 * 32 * 16
+    assert made.value("tiles.d16.dkdv.16x16w4") == pytest.approx(4 * product / 2e-3)
+    assert made.value("tiles.d16.one_pass.16x16w4") == pytest.approx(5 * product / 4e-3)
+
+
+def test_hand_written_kernels_are_told_by_their_names(monkeypatch):
+    for names, by_hand in (
+        (["delta_kernel", "dkdv_kernel", "dq_kernel"], False),
+        (["_stats_kernel", "_dkdv_kernel", "_dq_kernel"], True),
+    ):
+        monkeypatch.setattr(experiment, "_kernel_times", lambda fn, n, x=names: dict.fromkeys(x))
+        assert experiment._written_by_hand(lambda: None) == by_hand
 
 
 @pytest.mark.parametrize(
     ("name", "role"),
     [
         ("dkdv_kernel", "dkdv"), ("_dkdv_kernel", "dkdv"), ("dq_kernel", "dq"),
-        ("delta_kernel", "delta"),
+        ("delta_kernel", "delta"), ("one_pass_kernel", "one_pass"),
         ("void pytorch_flash::flash_bwd_dot_do_o_kernel<true>", "delta"),
         ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<…>", "whole"),
         ("void pytorch_flash::flash_bwd_convert_dq_kernel<…>", "convert"),

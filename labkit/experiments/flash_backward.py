@@ -13,6 +13,9 @@ Six parts, each of which may be missing from a result with the reason among its 
     published figure.  :math:`\text{FLOP} = 2.5 \cdot 4 B H N^2 d`, half of it if causal.
 ``split``
     the time of each kernel of one backward pass, by torch.profiler.
+``tiles``
+    the Triton kernels of two passes, and a kernel of one pass with atomic additions to dQ
+    (``labkit/flash/one_pass.py``), each with several tiles: what two passes cost.
 ``price``
     what it costs to write and read P once, and to compute it again: bytes over the bandwidth
     of memory, and the forward kernel with a head_dim_v of 16, which is S and its exponential
@@ -57,10 +60,13 @@ NEEDS_GPU = False
 #: how the backward pass comes by P, and whose code does it
 WAYS = ("saved", "checkpointed", "recomputed", "sdpa")
 #: what ``run`` measures
-PARTS = ("ways", "sweep", "split", "price", "error", "repeat")
+PARTS = ("ways", "sweep", "split", "tiles", "price", "error", "repeat")
 _GRADIENTS = ("dq", "dk", "dv")
 #: matrix products in the kernels of two passes; five are needed, S and dP are made twice
 _PRODUCTS = {"dkdv": 4, "dq": 3}
+#: block_m, block_n, warps, stages of the Triton kernels beside hand-written ones: one choice for
+#: every problem, the fastest of the part ``tiles`` at head_dim 128
+_DKDV, _DQ = (64, 64, 4, 2), (128, 64, 8, 3)
 
 
 def executed_products(passes: int) -> int:
@@ -139,6 +145,7 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
                 for n in ((4096,) if quick else (4096, 16384))
                 for causal in (False, True)
             ],
+            "tiles": [(d, 4096, False) for d in ((128,) if quick else (64, 128))],
             "price": {"heads": 16, "seq_len": 2048 if quick else 8192, "head_dims": (64, 128)},
             "error": {"heads": 4, "seq_len": 512 if quick else 2048, "head_dim": 64},
             "repeat": {"batch": 2, "heads": 8, "seq_len": 1024, "head_dim": 128, "times": 30},
@@ -155,6 +162,7 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
         "tokens": 0,
         "width": 0,
         "split": [],
+        "tiles": [],
         "price": None,
         "error": {"heads": 1, "seq_len": 97, "head_dim": 32},
         "repeat": {"batch": 1, "heads": 1, "seq_len": 64, "head_dim": 16, "times": 3},
@@ -187,7 +195,9 @@ def run(
         why.  Keys: ``mem.<way>.n<N>.<predicted|measured>``, ``mem.recomputed.gap``,
         ``time.<way>.n<N>.<forward|backward|both>``,
         ``sweep.<who>.d<d>.n<N>.<full|causal>.<time|rate|vs_flash|vs_cudnn>``,
-        ``split.<who>.d<d>.n<N>.<full|causal>.<kernel>``, ``price.d<d>.<write|read|again>``,
+        ``split.<who>.d<d>.n<N>.<full|causal>.<kernel>``,
+        ``tiles.d<d>.<kernel>.<m>x<n>w<warps>``, ``passes.d<d>.<one|two|ratio>``,
+        ``price.d<d>.<write|read|again>``,
         ``error.<who>.<dtype>.x<logits>.<dq|dk|dv>``, ``repeat.<who>.<unequal|of|largest>``.
     """
     for part in parts:
@@ -209,6 +219,8 @@ def run(
         job("sweep", "backward, d = {}, N = {}, causal {}".format(*case), _sweep, *case)
     for case in plan["split"]:
         job("split", "kernels, d = {}, N = {}, causal {}".format(*case), _split, *case)
+    for case in plan["tiles"]:
+        job("tiles", "tiles, d = {}, N = {}, causal {}".format(*case), _tiles, *case)
     for head_dim in plan["price"]["head_dims"] if plan["price"] else ():
         job("price", f"price of P, d = {head_dim}", _price, head_dim)
     for case in _error_cases(device):
@@ -359,34 +371,39 @@ def _both(attention: Callable, q, k, v, dout):
 # -- the sweep against torch ------------------------------------------------------------
 
 
-@contextmanager
-def _plain_triton() -> Iterator[None]:
-    """Keep ``labkit.flash`` from its hand-written kernels, so that the Triton ones run."""
-    import os
+def _config(*numbers: int, descriptors: bool = True) -> Any:
+    """A configuration; tensor descriptors only where the card has a copy engine for them."""
+    import torch
 
-    from labkit.flash import launch
+    from labkit.flash.tuning import Config
 
-    kept, tune = launch._backward_by_hand, os.environ.get("LABKIT_TUNE")
-    launch._backward_by_hand = lambda *args, **kwargs: "plain Triton was asked for"
-    # Timing sixty configurations of each kernel takes minutes; LABKIT_TUNE=1 asks for it.
-    os.environ["LABKIT_TUNE"] = tune or "0"
-    try:
-        yield
-    finally:
-        launch._backward_by_hand = kept
-        if tune is None:
-            del os.environ["LABKIT_TUNE"]
+    able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return Config(*numbers, descriptors=descriptors and able)
 
 
-def _has_by_hand(q, k, v, dout, causal: bool) -> bool:
-    """Whether a backward pass of these tensors would take hand-written kernels."""
-    from labkit.flash import launch
+def _call(q, k, causal: bool) -> Any:
+    from labkit.flash.launch import Call
 
-    call = launch.Call(
-        causal=causal, scale=q.shape[-1] ** -0.5, window=None, precision="ieee",
-        max_q=q.shape[2], max_k=k.shape[2],
-    )  # fmt: skip
-    return q.is_cuda and launch._backward_by_hand(q, k, v, dout, call) is None
+    return Call(causal, q.shape[-1] ** -0.5, None, "ieee", q.shape[2], k.shape[2])
+
+
+def _in_triton(q, k, v, dout, causal: bool, dkdv: Any, dq: Any) -> Callable:
+    """The Triton kernels of two passes, each with a configuration of its own."""
+    import torch
+
+    from labkit.flash import flash_attention, launch
+
+    with torch.no_grad():
+        out, lse = flash_attention(q, k, v, causal=causal, return_lse=True)
+    tensors = [t.detach() for t in (dout, q, k, v, out, lse)]
+    call = _call(q, k, causal)
+
+    def run():
+        return launch.backward(
+            tensors[0], None, *tensors[1:], call, dkdv_config=dkdv, dq_config=dq
+        )
+
+    return run
 
 
 def _backwards(q, k, v, dout, causal: bool, notes: list[str]) -> dict[str, Callable]:
@@ -410,14 +427,9 @@ def _backwards(q, k, v, dout, causal: bool, notes: list[str]) -> dict[str, Calla
             found[name] = functools.partial(grad, out, (q, k, v), dout)
 
     add("labkit", functools.partial(flash_attention, q, k, v, causal=causal))
-    if "labkit" in found and _has_by_hand(q, k, v, dout, causal):
-        hand = found["labkit"]
-
-        def plain():
-            with _plain_triton():
-                return hand()
-
+    if "labkit" in found and q.is_cuda and _written_by_hand(found["labkit"]):
         try:
+            plain = _in_triton(q, k, v, dout, causal, _config(*_DKDV), _config(*_DQ))
             plain()
             found["triton"] = plain
         except Exception as error:
@@ -431,6 +443,12 @@ def _backwards(q, k, v, dout, causal: bool, notes: list[str]) -> dict[str, Calla
 
             add(backend, functools.partial(sdpa, q, k, v, is_causal=causal, scale=scale))
     return found
+
+
+def _written_by_hand(backward: Callable) -> bool:
+    """Whether a backward pass runs other kernels than those of ``labkit/flash/backward.py``."""
+    names = [n for n in _kernel_times(backward, 1) if kernel_role(n) in ("dkdv", "dq", "whole")]
+    return not {"dkdv_kernel", "dq_kernel"} & set(names)
 
 
 def _flops(batch: int, heads: int, n: int, head_dim: int, causal: bool) -> float:
@@ -482,11 +500,14 @@ def _kernel_times(fn: Callable[[], Any], times: int) -> dict[str, list[float]]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    fn()
-    torch.cuda.synchronize()
+    both = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    for _ in range(2):  # the second warms up the profiler
+        with profile(activities=both, acc_events=True):
+            fn()
+            torch.cuda.synchronize()
     found: dict[str, list[float]] = {}
     for _ in range(times):
-        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
+        with profile(activities=both, acc_events=True) as seen:
             fn()
             torch.cuda.synchronize()
         one: dict[str, float] = {}
@@ -501,6 +522,8 @@ def _kernel_times(fn: Callable[[], Any], times: int) -> dict[str, list[float]]:
 def kernel_role(name: str) -> str:
     """What a kernel of the backward pass is for, by its name."""
     low = name.lower()
+    if "one_pass" in low:
+        return "one_pass"
     if "dq_dk_dv" in low:
         return "whole"
     if "dkdv" in low or "dk_dv" in low:
@@ -544,6 +567,81 @@ def _split(
                 rate = _PRODUCTS[role] * one_product / (ms / 1e3)
                 how = f"{_PRODUCTS[role]} products that this kernel executes over its time; {how}"
                 result.add(f"split.{who}.{base}.{role}.executed", rate, "FLOP/s", how)
+
+
+# -- tiles, and one pass against two -----------------------------------------------------
+
+#: configurations to try: block_m, block_n, warps, stages
+_TILES = {
+    "dkdv": ((64, 64, 4, 2), (64, 128, 8, 2), (64, 128, 4, 2), (128, 128, 8, 2), (32, 128, 4, 3)),
+    "dq": ((128, 64, 8, 3), (64, 64, 4, 2)),
+    "one_pass": ((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2)),
+}
+
+
+def _tiles(
+    result: Result, plan: dict[str, Any], device: str, head_dim: int, n: int, causal: bool
+) -> None:
+    """Each kernel with each of its tiles; the best of each make one pass and two."""
+    import torch
+
+    from labkit.flash import flash_attention
+    from labkit.flash.one_pass import one_pass
+    from labkit.flash.recompute import delta as delta_of
+
+    batch, heads = max(1, plan["tokens"] // n), plan["width"] // head_dim
+    q, k, v, dout = (
+        t.detach() for t in _tensors((batch, heads, n, head_dim), plan["dtype"], device)
+    )
+    with torch.no_grad():
+        out, lse = flash_attention(q, k, v, causal=causal, return_lse=True)
+    delta = delta_of(dout, out)
+    one_product = _flops(batch, heads, n, head_dim, causal) / 5
+    best: dict[str, float] = {}
+    for kernel, choices in _TILES.items():
+        for numbers in choices:
+            config = _config(*numbers)
+            if kernel == "one_pass":
+                # zeroing dQ and rounding it are part of the price of adding to it
+                fn = functools.partial(one_pass, q, k, v, out, lse, dout, causal=causal,
+                                       delta=delta, config=config)  # fmt: skip
+                products, roles = 5, None
+            else:
+                fn = _in_triton(
+                    q, k, v, dout, causal,
+                    config if kernel == "dkdv" else _config(*_DKDV),
+                    config if kernel == "dq" else _config(*_DQ),
+                )  # fmt: skip
+                products, roles = _PRODUCTS[kernel], (kernel,)
+            try:
+                times = _kernel_times(fn, 7)
+            except Exception as error:
+                result.notes.append(f"tiles, {kernel}, {numbers}: {_first_line(error)}")
+                _release(device)
+                continue
+            picked = [s for name, s in times.items() if not roles or kernel_role(name) in roles]
+            samples = [sum(each) for each in zip(*picked, strict=True)]
+            ms = median(samples)
+            best[kernel] = min(best.get(kernel, ms), ms)
+            rate = products * one_product / (ms / 1e3)
+            row = {"part": "tiles", "kernel": kernel, "block_m": numbers[0], "block_n": numbers[1],
+                   "num_warps": numbers[2], "num_stages": numbers[3],
+                   "descriptors": config.descriptors, "batch": batch, "heads": heads,
+                   "seq_len": n, "head_dim": head_dim, "causal": causal,
+                   "dtype": plan["dtype"]}  # fmt: skip
+            method = "torch.profiler, duration of kernels"
+            result.rows.append({**row, "executed": rate, "samples_ms": samples, "median_ms": ms,
+                                "method": method})  # fmt: skip
+            name = f"{numbers[0]}x{numbers[1]}w{numbers[2]}"
+            how = f"products that {kernel} executes over its time; N = {n}, {_mask(causal)}"
+            result.add(f"tiles.d{head_dim}.{kernel}.{name}", rate, "FLOP/s", how)
+    if set(best) == set(_TILES):
+        two = best["dkdv"] + best["dq"]
+        where = f"best tiles of those tried, without δ; N = {n}, {_mask(causal)}, torch.profiler"
+        base = f"passes.d{head_dim}"
+        result.add(f"{base}.one", best["one_pass"] / 1e3, "s", f"one pass, atomics; {where}")
+        result.add(f"{base}.two", two / 1e3, "s", f"dK/dV and dQ; {where}")
+        result.add(f"{base}.ratio", best["one_pass"] / two, "1", f"one pass over two; {where}")
 
 
 # -- the price of P -----------------------------------------------------------------------
