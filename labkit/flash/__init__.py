@@ -29,6 +29,7 @@ from labkit.kernels.runtime import require_triton
 
 _HOME = {
     "DoubleBackwardError": "ops",
+    "ForwardModeError": "ops",
     "flash_attention": "api",
     "flash_attention_varlen": "api",
 }

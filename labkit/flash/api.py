@@ -57,10 +57,12 @@ def flash_attention(
     return_lse : bool
         also return LSE, the natural logarithm of :math:`\sum_j e^{S_{ij}}`.
     precision : str
-        how float32 is multiplied: ``"ieee"`` (default) in float32 on the CUDA cores;
-        ``"tf32x3"`` on the tensor cores, each factor as the sum of two TF32 numbers, three
-        products of which count; ``"tf32"`` keeps 10 bits of each factor's mantissa.  Not for
-        half precision.
+        how float32 is multiplied.  ``"tf32x3"``, the default on a GPU: on the tensor cores, each
+        factor as the sum of two TF32 numbers, three of the four products kept; its error is that
+        of float32 (tested), and SDPA's float32 kernel multiplies the same way.  ``"ieee"``, the
+        default in the interpreter: in float32 on the CUDA cores, several times slower.
+        ``"tf32"``: 10 bits of each factor's mantissa, an error a thousand times float32's.  Has
+        no meaning for half precision, whose products are exact.
 
     Returns
     -------
@@ -73,8 +75,8 @@ def flash_attention(
     ------
     ArgumentError
         naming the argument, if shapes, dtypes, devices, sizes or options do not fit.
-    DoubleBackwardError
-        if a second derivative is taken.
+    DoubleBackwardError, ForwardModeError
+        if a second derivative is taken, or one in forward mode.
     MissingDependencyError, NoGpuError
         if nothing here can run the kernels; the message says what still works.
 
@@ -93,7 +95,7 @@ def flash_attention(
         _check_widths(sizes.head_dim, sizes.head_dim_v)
         how = (
             sizes.seq_len_q, sizes.seq_len_k, bool(causal), check_scale(scale, sizes.head_dim),
-            _check_window(window), _check_precision(precision, sizes.dtype),
+            _check_window(window), _check_precision(precision, sizes.dtype, q),
         )  # fmt: skip
         _check_runs(q, k, v)
         _remember(q, k, v, asked, how)
@@ -155,7 +157,7 @@ def flash_attention_varlen(
     sizes = check_qkv(q4, k4, v4, dtypes=_DTYPES)
     scale = check_scale(scale, sizes.head_dim)
     window = _check_window(window)
-    precision = _check_precision(precision, sizes.dtype)
+    precision = _check_precision(precision, sizes.dtype, q)
     _check_widths(sizes.head_dim, sizes.head_dim_v)
     cu_q, max_q = _check_offsets("cu_seqlens_q", cu_seqlens_q, q, "q")
     cu_k, max_k = _check_offsets("cu_seqlens_k", cu_seqlens_k, k, "k")
@@ -179,6 +181,8 @@ def _run(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, window, precision, re
     if window is not None and window >= max_q + max_k:
         window = None  # it hides nothing
     how = (cu_q, cu_k, max_q, max_k, causal, scale, window, precision)
+    if not torch.compiler.is_compiling():
+        ops.check_not_forward_mode(q, k, v)
     if not ops.nobody_listens(q, k, v):
         o, lse = torch.ops.labkit.flash_forward(q, k, v, *how)
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -224,9 +228,11 @@ def _check_window(window: int | None) -> int | None:
     return None if window is None else check_positive_int("window", window)
 
 
-def _check_precision(precision: str | None, dtype: str) -> str:
+def _check_precision(precision: str | None, dtype: str, q: torch.Tensor) -> str:
     if precision is None:
-        return "ieee"
+        # TF32 came with compute capability 8.0.
+        exact = dtype != "float32" or not q.is_cuda or launch.card(q)[0] < 80
+        return "ieee" if exact else "tf32x3"
     check_choice("precision", precision, ("ieee", "tf32x3", "tf32"))
     if dtype != "float32":
         raise ArgumentError(
@@ -247,8 +253,8 @@ def _check_widths(head_dim: int, head_dim_v: int) -> None:
 
 
 def _check_runs(q, k, v) -> None:
-    if q.device.type == "meta" or not ops.nobody_listens(q, k, v):
-        return  # nothing is launched on fake or meta tensors; the operator checks real ones
+    if not ops.nobody_listens(q, k, v):
+        return  # nothing is launched on fake or meta tensors; a launch checks real ones
     how = check_can_launch("flash_attention", q, k, v)
     if how == "interpreter" and q.dtype == torch.bfloat16:
         raise ArgumentError(

@@ -13,6 +13,7 @@ Taught in chapter 09 (the backward kernels).
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from labkit.errors import LabError
@@ -20,7 +21,13 @@ from labkit.flash import launch
 from labkit.flash.launch import Call
 from labkit.flash.masking import visible_pairs
 
-__all__ = ["DoubleBackwardError", "Flash", "nobody_listens"]
+__all__ = [
+    "DoubleBackwardError",
+    "Flash",
+    "ForwardModeError",
+    "check_not_forward_mode",
+    "nobody_listens",
+]
 
 
 class DoubleBackwardError(LabError, RuntimeError):
@@ -32,6 +39,25 @@ class DoubleBackwardError(LabError, RuntimeError):
             "scores and keep nothing to differentiate. Use labkit.naive.naive_attention (it holds "
             "S and P) where you need one, for gradient penalties or Hessians."
         )
+
+
+class ForwardModeError(LabError, RuntimeError):
+    """A derivative in forward mode was asked for; without this it would silently be 0."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "flash_attention has no forward-mode derivative (jvp, dual tensors): there is no "
+            "kernel that carries a tangent along. Use reverse mode, or labkit.naive's "
+            "naive_attention, which has both."
+        )
+
+
+def check_not_forward_mode(*tensors: torch.Tensor) -> None:
+    """Raise :class:`ForwardModeError` if a tensor carries a tangent."""
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise ForwardModeError
 
 
 @torch.library.custom_op("labkit::flash_forward", mutates_args=())
@@ -147,7 +173,7 @@ def _launch_backward(dout, dlse, q, k, v, o, lse, cu_q, cu_k, max_q, max_k, caus
 def nobody_listens(*tensors: torch.Tensor) -> bool:
     """Whether a direct launch is as good as the operator: plain tensors, no mode, no compiler."""
     return (
-        all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+        all(type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta for x in tensors)
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None

@@ -170,6 +170,11 @@ _GRID = {
         (64, 32, 4, 2), (32, 32, 4, 2),
     ),
 }  # fmt: skip
+_GRID_FP32 = {
+    "forward": ((128, 64, 4, 1), (128, 64, 8, 2), (128, 32, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2)),
+    "dkdv": ((64, 32, 4, 2), (32, 64, 4, 2), (128, 32, 8, 2), (64, 32, 4, 3), (32, 32, 4, 2)),
+    "dq": ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)),
+}
 
 
 def space(problem: Problem) -> list[Config]:
@@ -179,7 +184,8 @@ def space(problem: Problem) -> list[Config]:
         found += _by_hand(problem)
     roads = (True, False) if problem.descriptors else (False,)
     rows = _pow2(problem.rows if problem.kind != "dkdv" else problem.cols)
-    for m, n, warps, stages in _GRID[problem.kind]:
+    grid = _GRID if problem.itemsize == 2 else _GRID_FP32
+    for m, n, warps, stages in grid[problem.kind]:
         config = Config(m, n, warps, stages)
         if shared_bytes(config, problem) > problem.shared_limit:
             continue
@@ -208,6 +214,9 @@ def default(problem: Problem) -> Config:
     exact = problem.dtype == "float32" and problem.precision == "ieee"
     if exact:  # products on the CUDA cores: each element of a tile is also a register
         order = [(64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1)]
+    elif problem.dtype == "float32":
+        order = [(128, 32, 8, 2)] if problem.kind == "forward" else []
+        order += [(64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1)]
     elif problem.kind == "forward":
         order = [(128, 64, 4, 3 if wide <= 64 else 2), (128, 64, 4, 2), (128, 64, 8, 2),
                  (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)]  # fmt: skip
