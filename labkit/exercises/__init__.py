@@ -21,7 +21,7 @@ from labkit.errors import LabError
 
 __all__ = ["ExerciseFailed", "Unanswered", "call", "exercise", "expect", "expect_number"]
 
-_CHAPTERS = frozenset({"ch01", "ch02", "ch03", "ch04", "ch05", "ch06", "ch07", "ch09"})
+_CHAPTERS = frozenset({"ch01", "ch02", "ch03", "ch04", "ch05", "ch06", "ch07", "ch08", "ch09"})
 
 
 class ExerciseFailed(LabError, AssertionError):
