@@ -477,7 +477,7 @@ def tiled_attention(
         multiplies QKᵀ; default 1/√head_dim.
     window : int
         with ``causal`` the last ``window`` keys, its own included; without,
-        |i + Nk − Nq − j| < ``window``.
+        keys nearer than ``window`` to i + Nk − Nq.
     return_lse : bool
         also return LSE.
     accumulate : torch.dtype
@@ -486,7 +486,7 @@ def tiled_attention(
     p_dtype : torch.dtype
         what P is rounded to before PV; default ``accumulate``.  A kernel on tensor cores
         uses the dtype of v.
-    order : sequence of int
+    order : list of int
         in which order blocks of keys are read; default ascending.
 
     Returns

@@ -18,9 +18,9 @@ pytest.importorskip("jupyter_book")
 pytest_plugins = ["browser"]
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("scores_buffer", "what_grows", "roofline")
+NAMES = ("scores_buffer", "what_grows", "roofline", "tile_stepper")
 #: the chapter that each explorer belongs to
-HOME = {"01": "scores_buffer", "02": "what_grows", "04": "roofline"}
+HOME = {"01": "scores_buffer", "02": "what_grows", "04": "roofline", "07": "tile_stepper"}
 
 
 @cache
@@ -48,6 +48,8 @@ def built(source: str) -> explorers.Explorer:
 
 
 CASES = [pytest.param(*case, id=f"{case[0]}-{i}") for i, case in enumerate(stored())]
+#: those that a size moves; test_explorers_stepper.py drives the other kind
+SIZED = [case for case in CASES if "tile_stepper" not in case.values[1]]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def test_chapter_holds_its_explorer(number):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("notebook, source, key", CASES)
+@pytest.mark.parametrize("notebook, source, key", SIZED)
 def test_explorer_in_its_page_moves_by_keyboard_and_mouse(
     notebook, source, key, theme, html, open_page
 ):

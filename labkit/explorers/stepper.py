@@ -456,7 +456,7 @@ def tile_stepper(
     step = check_positive_int("step", step)
     controls = [
         choice(
-            "tile", "tile: queries × keys", tile,
+            "tile", "queries × keys", tile,
             [(key, f"{m} × {n}" + (", ragged" if N % m or N % n else ""), {})
              for key, (m, n) in TILES.items()],
         ),
