@@ -259,6 +259,28 @@ def _steps(result: Result, plan: dict[str, Any], device: str, item: tuple[int, i
     labels |= {"heads": heads, "dtype": plan["dtype"]}
     flops = 4 * batch * heads * n * n * d // (2 if causal else 1)
     _race(result, plan, device, functions, labels, flops, _oracle(q, k, v, causal=causal))
+    for row in result.rows:
+        if row["part"] == "steps" and all(row[key] == value for key, value in labels.items()):
+            if tried := _tried(row["name"], q, k, v, causal):
+                row["tried_ms"] = tried
+
+
+def _tried(name: str, q, k, v, causal: bool) -> dict[str, float]:
+    """Which configurations a step tried on these tensors, and the time of each."""
+    import json
+    from contextlib import suppress
+
+    from labkit.flash import tuning
+    from labkit.flash.steps import v5_tuned, v6_by_hand
+
+    call = v5_tuned.call_for(q, k, causal, q.shape[3] ** -0.5)
+    if name == "v6":
+        return v6_by_hand.tried.get(v5_tuned.problem_for(q, k, v, call, None).key, {})
+    if name == "v5":
+        key = v5_tuned.problem_for(q, k, v, call, "step 5 is without it").key
+        with suppress(OSError, ValueError, KeyError):
+            return json.loads(tuning.cache_file().read_text("utf-8"))[key]["ms"]
+    return {}
 
 
 def _ablation(result: Result, plan: dict[str, Any], device: str, item: tuple) -> None:

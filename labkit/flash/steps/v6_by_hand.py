@@ -18,9 +18,11 @@ from labkit.flash import launch, tuning
 from labkit.flash.steps import _host
 from labkit.flash.steps.v5_tuned import call_for, problem_for
 
-__all__ = ["configs", "forward"]
+__all__ = ["configs", "forward", "tried"]
 
 _chosen: dict[str, tuning.Config] = {}
+#: problem → configuration → ms: what was tried, the losers too
+tried: dict[str, dict[str, float]] = {}
 
 
 def configs(q, k, v, *, causal: bool = False) -> list[tuning.Config]:
@@ -55,6 +57,6 @@ def forward(q, k, v, *, causal: bool = False, scale: float | None = None):
         def ready(config: tuning.Config):
             return lambda: launch.forward(q, k, v, call, config=config)
 
-        best, _ = tuning.fastest(found, ready)
+        best, tried[key] = tuning.fastest(found, ready)
         _chosen[key] = best or found[0]
     return launch.forward(q, k, v, call, config=_chosen[key])
