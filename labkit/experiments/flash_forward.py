@@ -259,10 +259,9 @@ def _steps(result: Result, plan: dict[str, Any], device: str, item: tuple[int, i
     labels |= {"heads": heads, "dtype": plan["dtype"]}
     flops = 4 * batch * heads * n * n * d // (2 if causal else 1)
     _race(result, plan, device, functions, labels, flops, _oracle(q, k, v, causal=causal))
-    for row in result.rows:
-        if row["part"] == "steps" and all(row[key] == value for key, value in labels.items()):
-            if tried := _tried(row["name"], q, k, v, causal):
-                row["tried_ms"] = tried
+    for row in result.select(**labels):
+        if tried := _tried(row["name"], q, k, v, causal):
+            row["tried_ms"] = tried
 
 
 def _tried(name: str, q, k, v, causal: bool) -> dict[str, float]:
