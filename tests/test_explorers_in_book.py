@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from test_explorers import assert_shows, contrast
+from test_explorers_stepper import assert_shows as assert_steps
 
 from labkit import explorers
 
@@ -48,8 +49,9 @@ def built(source: str) -> explorers.Explorer:
 
 
 CASES = [pytest.param(*case, id=f"{case[0]}-{i}") for i, case in enumerate(stored())]
-#: those that a size moves; test_explorers_stepper.py drives the other kind
-SIZED = [case for case in CASES if "tile_stepper" not in case.values[1]]
+#: those that a size moves, and those that step
+STEPPED = [case for case in CASES if "tile_stepper" in case.values[1]]
+SIZED = [case for case in CASES if case not in STEPPED]
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +127,34 @@ def test_explorer_in_its_page_moves_by_keyboard_and_mouse(
                   numbers(ground)]; }"""
     )
     assert contrast(ink, ground) >= 7
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("notebook, source, key", STEPPED)
+def test_stepper_in_its_page_steps_by_keyboard_and_mouse(
+    notebook, source, key, theme, html, open_page
+):
+    figure = built(source)
+    page = open_page(viewport={"width": 1280, "height": 900}, color_scheme=theme)
+    page.goto((html / f"{notebook}.html").as_uri())
+    root = page.locator(f'.lkx[data-lkx="{key}"]')
+    nth = page.evaluate(
+        "key => [...document.querySelectorAll('.lkx')].findIndex(n => n.dataset.lkx === key)", key
+    )
+    root.scroll_into_view_if_needed()
+    assert_steps(page, figure, nth)
+    root.get_by_role("slider").focus()
+    page.keyboard.press("End")
+    assert_steps(page, figure, nth, step=figure.steps())
+    page.keyboard.press("ArrowLeft")
+    assert_steps(page, figure, nth, step=figure.steps() - 1)
+    root.get_by_role("button", name="Back").click()
+    assert_steps(page, figure, nth, step=figure.steps() - 2)
+    root.locator('[data-control="causal"] input').click()
+    assert_steps(page, figure, nth, step=figure.steps() - 2, causal=True)
+    root.locator(".lkx-reset").click()
+    assert_steps(page, figure, nth)
 
 
 @pytest.mark.browser

@@ -47,32 +47,32 @@ def of(block) -> State:
 states = rows().map(of)
 
 
-def same(a: State, b: State) -> None:
+def assert_same(a: State, b: State) -> None:
     assert torch.equal(a.m, b.m)
     for x, y, size in ((a.l, b.l, b.l), (a.O, b.O, 4 * b.l[..., None])):
         # O may cancel: its rounding is measured against the sum of absolute values, ≤ 4·ℓ
         assert ((x - y).abs() <= 1e-12 * size).all()
 
 
-def identical(a: State, b: State) -> None:
+def assert_identical(a: State, b: State) -> None:
     for x, y in ((a.m, b.m), (a.l, b.l), (a.O, b.O)):
         assert torch.equal(x, y)
 
 
 @given(states, states)
 def test_merge_is_commutative_to_the_bit(a, b):
-    identical(merge(a, b), merge(b, a))
+    assert_identical(merge(a, b), merge(b, a))
 
 
 @given(states, states, states)
 def test_merge_is_associative_up_to_rounding(a, b, c):
-    same(merge(merge(a, b), c), merge(a, merge(b, c)))
+    assert_same(merge(merge(a, b), c), merge(a, merge(b, c)))
 
 
 @given(states)
 def test_the_empty_state_is_the_identity_to_the_bit(a):
-    identical(merge(a, empty()), a)
-    identical(merge(empty(), a), a)
+    assert_identical(merge(a, empty()), a)
+    assert_identical(merge(empty(), a), a)
 
 
 @given(states, states)
@@ -101,7 +101,7 @@ def test_any_split_of_the_keys_in_any_order_gives_the_whole(block, data):
         a = pieces.pop(i)
         j = data.draw(st.integers(0, len(pieces) - 1))
         pieces[j] = merge(a, pieces[j])
-    same(pieces[0], of(block))
+    assert_same(pieces[0], of(block))
 
 
 @given(rows(), st.data())
@@ -111,7 +111,7 @@ def test_updates_one_block_after_another_give_the_whole(block, data):
     state = empty()
     for part, values in zip(S.split(size, 1), V.split(size, 0), strict=True):
         state = update(state, part, values)
-    same(state, of(block))
+    assert_same(state, of(block))
     out, lse = finish(state)
     dead = torch.isneginf(S).all(-1)
     assert (out[dead] == 0).all() and torch.isneginf(lse[dead]).all()
