@@ -38,7 +38,7 @@ from functools import wraps
 from typing import Any
 
 from labkit.errors import ArgumentError, LabError
-from labkit.kernels.runtime import _interpreter_on, require_triton
+from labkit.kernels.runtime import _interpreter_on, backend, require_triton
 from labkit.units import format_bytes, significant
 
 __all__ = ["OUTSIDE", "Access", "Traffic", "count"]
@@ -243,6 +243,7 @@ def count(**names: Any) -> Iterator[Traffic]:
         if not hasattr(tensor, "data_ptr"):
             kind = type(tensor).__name__
             raise ArgumentError(name, kind, "is not a tensor.", "Name tensors: count(Q=q, K=k).")
+    backend()  # prepares the interpreter
     counter = _Counter(names)
     _install()
     _ACTIVE.append(counter)

@@ -98,6 +98,25 @@ def _interpreter_on() -> bool:
     return isinstance(tl.cdiv, InterpretedFunction)
 
 
+@cache
+def _mend_interpreter() -> None:
+    """Let a kernel count to a number that it was given, in Triton 3.6 under NumPy 2.4 and later.
+
+    Its interpreter holds each scalar as an array of one element and makes an index of it with
+    ``int()``, which NumPy has come to refuse for arrays that have a dimension.  Triton 3.7 takes
+    the dimension off first; so does this.
+    """
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor, *args, **kwargs):
+        original(tensor, *args, **kwargs)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = patched
+
+
 def backend() -> str:
     """``"gpu"`` or ``"interpreter"``: how a labkit kernel would run now.
 
@@ -110,6 +129,7 @@ def backend() -> str:
     """
     require_triton("labkit.kernels")
     if _interpreter_on():
+        _mend_interpreter()
         return "interpreter"
     if _gpu_visible():
         return "gpu"
