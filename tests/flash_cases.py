@@ -4,16 +4,15 @@ Cases and layouts come from ``labkit.experiments._flash_cases``; what is right c
 ``oracle``, which knows nothing of labkit.
 
 The bound on an error is twice that of plain attention in the same dtype, both against float64.
-Three places need another one, and for a reason:
+Three places need more, and for a reason:
 
-- **Where every row sees one key at most**, P is 1 and dP − delta cancels: dQ and dK are 0 in
-  exact arithmetic, and plain attention, which subtracts a number from itself, makes no error
-  at all.  A kernel takes dP and delta from two different sums.  It may be wrong by one float32
-  rounding of everything that is added up.
-- **P is made again** in the backward pass, from scores and an LSE that each carry a float32
-  rounding; plain attention keeps P.  A rounding of a number of size 8 is an error of 10⁻⁶ in its
-  exponential.  Half precision is too coarse to notice; in float32 it is the largest error there
-  is, so :func:`remade` says what it amounts to.
+- **The backward pass makes P again**, from scores and an LSE that each carry a float32 rounding,
+  and takes dP − δ from two different sums.  Plain attention keeps P, and where a row sees one
+  key it subtracts a number from itself and makes no error at all.  Half precision is too coarse
+  to notice; in float32, or where everything cancels, this is the largest error there is.
+  :func:`remade` says what it amounts to.
+- **The base of the exponential is 2**: a score is rounded once more when it is multiplied by
+  log₂e, which shows when scores are in the hundreds.
 - **LSE is float32** whatever the inputs are, so its yardstick is plain attention in float32.
 """
 
@@ -82,47 +81,61 @@ def judge(got, q, k, v, dout=None, dlse=None, *, factor=2.0, **options):
     if torch.equal(p64, p64.round()) and factor == 2.0:
         # one key per row: P is exactly 1, and so is the weight of each value
         assert torch.equal(got["o"], o64.to(o.dtype)), "o: one key per row is copied exactly"
-    oracle.assert_within_low_precision_error(got["o"], o64, o, factor=factor, what="o")
+    # 2^(cS − cm): the base changes, so each score is rounded once more than in e^(S − m)
+    group = q.shape[1] // k.shape[1]
+    p_error = torch.where(torch.isneginf(s64), 0.0, _EPS32 * s64.abs() * p64)
+    wide = v.double().repeat_interleave(group, dim=1)
+    extra = (p_error.square() @ wide.square()).sqrt()
+    oracle.assert_within_low_precision_error(
+        got["o"], o64, o, factor=factor, what="o", extra=extra
+    )
     if dout is None:
         return
     true = oracle.gradients_f64(q, k, v, dout, dlse=dlse, **options)
     plain = oracle.gradients_plain(q, k, v, dout, dlse=dlse, **options)
     assert (got["dq"][dead] == 0).all(), "dq: a row that sees nothing is not 0"
-    alone = bool(((~torch.isneginf(s64)).sum(-1) <= 1).all())
     again = remade(q, k, v, dout, dlse, s64, p64, options["scale"])
     for index, name in enumerate(("dq", "dk", "dv")):
-        own = got[name]
-        if alone and name != "dv":
-            assert own.shape == true[index].shape and own.dtype == q.dtype
-            _judge_cancelled(name, own, true[index], q, k, v, dout, p64, options["scale"])
-        else:
-            extra = again[index] if own.dtype == torch.float32 else None
-            oracle.assert_within_low_precision_error(
-                own, true[index], plain[index], factor=factor, what=name, extra=extra
-            )
+        oracle.assert_within_low_precision_error(
+            got[name], true[index], plain[index],
+            factor=factor, what=name, extra=again[index],
+        )  # fmt: skip
 
 
 def remade(q, k, v, dout, dlse, s64, p64, scale):
-    """What one float32 rounding of LSE and of each score does to dQ, dK, dV: root mean square.
+    """What one float32 rounding of LSE, scores, dP and δ does to dQ, dK, dV: root mean square.
 
-    A score is a sum, and its rounding is one of the terms that were added, not of what is left
-    when they cancel.
+    A sum's rounding is one of the terms that were added, not of what is left when they cancel.
+    dS is rounded to the dtype of K before it is multiplied, and may be subnormal there.  δ is
+    made of O as it was rounded to q's dtype; where one key takes nearly all the weight, dP − δ
+    cancels down to that rounding.
     """
     group = q.shape[1] // k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    eps = torch.finfo(q.dtype).eps
+    tiny = torch.finfo(q.dtype).smallest_normal * eps
     q, k, v, dout = (t.double() for t in (q, k, v, dout))
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     lse = oracle.log_sum_exp(s64)
     size = torch.where(torch.isneginf(lse), 0.0, lse).abs()[..., None]
     size = size + q.abs() @ k.mT.abs() * scale
     p_error = _EPS32 * size * p64
-    dp = dout @ v.mT
+
+    dp, dp_size = dout @ v.mT, dout.abs() @ v.mT.abs()
     delta = (dp * p64).sum(-1) - (0.0 if dlse is None else dlse.double())
-    ds_error = p_error * (dp - delta[..., None]) * scale
+    delta_size = (dp_size * p64).sum(-1) + (0.0 if dlse is None else dlse.double().abs())
+    delta_error = _EPS32 * delta_size
+    one_hot = (p64 > 0.9).any(-1) & (p64 < 1).all(-1)
+    o_rounding = eps * (dout * (p64 @ v)).square().sum(-1).sqrt()
+    delta_error = (delta_error + torch.where(one_hot, o_rounding, 0.0))[..., None]
+    ds_error = (p_error * (dp - delta[..., None])).abs()
+    ds_error = (ds_error + p64 * (_EPS32 * dp_size + delta_error) + tiny) * scale
+    ds_error = torch.where(torch.isneginf(s64), 0.0, ds_error)
+
     dq = ds_error.square() @ k.square()
     dk = (ds_error.square().mT @ q.square()).unflatten(1, (-1, group)).sum(2)
-    dv = (p_error.square().mT @ dout.square()).unflatten(1, (-1, group)).sum(2)
-    return dq.sqrt(), dk.sqrt(), dv.sqrt()
+    dv = ((p_error + tiny).square().mT @ dout.square()).unflatten(1, (-1, group)).sum(2)
+    return tuple(x.sqrt() + tiny for x in (dq, dk, dv))
 
 
 def judge_lse(lse, q, k, v, s64, options, factor=2.0):
@@ -142,23 +155,6 @@ def judge_lse(lse, q, k, v, s64, options, factor=2.0):
     # some roundings of the largest score, however few terms there are.
     allowed = factor * yardstick + 16 * _EPS32 * max(1.0, largest)
     assert error <= allowed, f"lse: largest error {error:.3g}, allowed {allowed:.3g}"
-
-
-def _judge_cancelled(name, own, true, q, k, v, dout, p64, scale):
-    """dQ or dK where each row sees one key: 0, but for the roundings of what cancels."""
-    group = q.shape[1] // k.shape[1]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k, v = (t.double().abs().repeat_interleave(group, dim=1) for t in (k, v))
-    added = p64 * (dout.double().abs() @ v.mT) * scale
-    if name == "dq":
-        size = added @ k
-    else:
-        size = (added.mT @ q.double().abs()).unflatten(1, (-1, group)).sum(2)
-    tiny = torch.finfo(own.dtype).smallest_normal * torch.finfo(own.dtype).eps
-    error = (own.double() - true).abs()
-    assert torch.isfinite(own).all(), f"{name}: not finite"
-    over = error - (2 * _EPS32 * size + 2 * tiny * max(1.0, q.abs().max().item()))
-    assert (over <= 0).all(), f"{name}: {error.max():.3g} where everything cancels"
 
 
 def check_case(case: Case, device: str = "cpu", *, backward: bool = True, factor: float = 2.0):
@@ -201,56 +197,73 @@ def _growing_scores(device):
     judge(ours(q, k, v), q, k, v)
 
 
+def _shrinking_scores(device):
+    """The largest score of each row comes first: what comes later must not lower the maximum."""
+    q, k, v, _ = make(Case(40, 90, d=32, factor=100.0), device)
+    k = k * torch.linspace(1, 0.01, 90, device=device)[:, None]
+    judge(ours(q, k, v), q, k, v)
+
+
 def _ragged_tail(device):
     """Lengths that fill no tile, NaN behind them."""
     check_case(Case(37, 75, d=16, layout="bounds"), device)
 
 
 def _causal_square(device):
-    check_case(Case(150, 150, d=16, causal=True), device)
+    check_case(Case(80, 80, d=16, causal=True), device)
 
 
 def _causal_more_keys(device):
     """The mask is aligned at the bottom right: with Nq < Nk that is not the top left."""
-    check_case(Case(40, 150, d=16, causal=True), device)
+    check_case(Case(40, 90, d=16, causal=True), device)
 
 
 def _causal_more_queries(device):
     """The first queries see nothing."""
-    check_case(Case(90, 37, d=16, causal=True), device)
+    check_case(Case(70, 37, d=16, causal=True), device)
 
 
 def _window_causal(device):
-    check_case(Case(150, 150, d=16, causal=True, window=50), device)
+    check_case(Case(100, 100, d=16, causal=True, window=50), device)
 
 
 def _window_full(device):
-    check_case(Case(100, 140, d=16, window=33), device)
+    check_case(Case(70, 90, d=16, window=33), device)
 
 
 def _strides(device):
     """q, k, v and dO each lie in memory in another way."""
-    check_case(Case(37, 45, d=24, d_v=40, heads=3, batch=2, layout="mixed"), device)
+    check_case(Case(17, 25, d=24, d_v=40, heads=2, batch=2, layout="mixed"), device)
 
 
 def _groups(device):
-    """Query heads 0, 1, 2 read KV head 0, and 3, 4, 5 read KV head 1."""
-    check_case(Case(20, 37, d=16, heads=6, kv_heads=2, batch=2), device)
+    """Query heads 0 and 1 read KV head 0, and 2 and 3 read KV head 1; dK and dV collect both."""
+    check_case(Case(20, 37, d=16, heads=4, kv_heads=2), device)
+
+
+def _groups_of_long_sequences(device):
+    """The same where the heads of a group do not share a tile."""
+    check_case(Case(70, 20, d=16, heads=4, kv_heads=2), device, backward=False)
+
+
+def _one_query_many_keys(device):
+    """Several programs share one tile of queries, each with a part of the keys."""
+    check_case(Case(3, 300, d=16, causal=True), device, backward=False)
 
 
 def _huge_logits(device):
     """Scores in the hundreds: exp overflows unless the row's maximum is taken off first."""
-    check_case(Case(50, 150, d=32, factor=100.0), device)
+    check_case(Case(30, 90, d=32, factor=100.0), device)
 
 
 def _own_scale(device):
     """A scale that is not 1/√d, and counts once in every product."""
-    check_case(Case(40, 90, d=16, scale=0.7), device)
+    check_case(Case(30, 40, d=16, scale=0.7), device)
 
 
 def _lse_gradient(device):
     """A loss that depends on LSE too."""
-    case = Case(40, 90, d=16, causal=True)
+    case = Case(30, 40, d=16, causal=True)
     q, k, v, dout = make(case, device)
     dlse = torch.randn(q.shape[:3], generator=torch.Generator().manual_seed(1)).to(device)
     judge(ours(q, k, v, dout, dlse, causal=True), q, k, v, dout, dlse, causal=True)
@@ -260,8 +273,8 @@ def _lse_gradient(device):
 CHECKS = {
     check.__name__.removeprefix("_"): check
     for check in (
-        _many_blocks, _growing_scores, _ragged_tail, _causal_square, _causal_more_keys,
-        _causal_more_queries, _window_causal, _window_full, _strides, _groups, _huge_logits,
-        _own_scale, _lse_gradient,
+        _many_blocks, _growing_scores, _shrinking_scores, _ragged_tail, _causal_square,
+        _causal_more_keys, _causal_more_queries, _window_causal, _window_full, _strides, _groups,
+        _groups_of_long_sequences, _one_query_many_keys, _huge_logits, _own_scale, _lse_gradient,
     )
 }  # fmt: skip
