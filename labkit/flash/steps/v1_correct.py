@@ -66,7 +66,9 @@ def forward_kernel(
 
     for first in range(0, N, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
-        K = tl.load(k + keys[:, None] * HEAD_DIM + columns, mask=keys[:, None] < N, other=0.0)
+        kv_at = keys[:, None] * HEAD_DIM + columns
+        inside = keys[:, None] < N
+        K = tl.load(k + kv_at, mask=inside, other=0.0)
         S = tl.dot(Q, K.T, input_precision="ieee") * scale
 
         visible = keys[None, :] < N
@@ -78,8 +80,8 @@ def forward_kernel(
         P = tl.exp(S - m_new[:, None])
         alpha = tl.exp(m - m_new)
         ell = alpha * ell + tl.sum(P, 1)
-        V = tl.load(v + keys[:, None] * HEAD_DIM + columns, mask=keys[:, None] < N, other=0.0)
-        acc = tl.dot(P.to(V.dtype), V, alpha[:, None] * acc, input_precision="ieee")
+        V = tl.load(v + kv_at, mask=inside, other=0.0)
+        acc = tl.dot(P.to(V.dtype), V, acc * alpha[:, None], input_precision="ieee")
         m = m_new
 
     tl.store(o + at, acc / ell[:, None], mask=rows[:, None] < N)
