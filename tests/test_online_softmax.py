@@ -317,8 +317,11 @@ def test_any_order_of_key_blocks_gives_the_same_attention():
     right, _, _ = oracle.attention_f64(q, k, v, causal=True)
     orders = [random.Random(n).sample(range(10), 10) for n in range(6)]
     for order in [list(range(10))[::-1], *orders]:
-        out = tiled_attention(q, k, v, block_m=4, block_n=5, causal=True, order=order)
-        assert close(out, right)
+        how = {"block_m": 4, "block_n": 5, "causal": True, "order": order}
+        assert close(tiled_attention(q, k, v, **how), right)
+        visits = [s.j for s in attention_tiles(q, k, v, **how) if isinstance(s, TileStep)]
+        last = [j for j in order if 5 * j <= 50 - 1]  # the last queries see every block
+        assert visits[-len(last) :] == last
 
 
 def test_skipped_tiles_are_not_read():
@@ -377,6 +380,9 @@ def test_gradients_are_right_where_two_scores_tie():
     k[:, :, 3] = k[:, :, 1]
     leaves = [t.requires_grad_() for t in (q * 3, k, v)]
     dout = torch.randn(1, 2, 4, 5, dtype=F64)
+    steps = list(attention_tiles(*leaves, block_n=2))
+    assert not any(s.before.m.requires_grad for s in steps)
+    assert steps[-1].before.l.requires_grad
     got = torch.autograd.grad(tiled_attention(*leaves, block_n=2), leaves, dout)
     for a, b in zip(got, oracle.gradients_f64(*leaves, dout), strict=True):
         assert close(a, b)
