@@ -320,8 +320,7 @@ def test_any_order_of_key_blocks_gives_the_same_attention():
         how = {"block_m": 4, "block_n": 5, "causal": True, "order": order}
         assert close(tiled_attention(q, k, v, **how), right)
         visits = [s.j for s in attention_tiles(q, k, v, **how) if isinstance(s, TileStep)]
-        last = [j for j in order if 5 * j <= 50 - 1]  # the last queries see every block
-        assert visits[-len(last) :] == last
+        assert visits[-10:] == order  # the last queries see every block
 
 
 def test_skipped_tiles_are_not_read():
