@@ -57,12 +57,11 @@ def flash_attention(
     return_lse : bool
         also return LSE, the natural logarithm of :math:`\sum_j e^{S_{ij}}`.
     precision : str
-        how float32 is multiplied.  ``"tf32x3"``, the default on a GPU: on the tensor cores, each
-        factor as the sum of two TF32 numbers, three of the four products kept; its error is that
-        of float32 (tested), and SDPA's float32 kernel multiplies the same way.  ``"ieee"``, the
-        default in the interpreter: in float32 on the CUDA cores, several times slower.
-        ``"tf32"``: 10 bits of each factor's mantissa, an error a thousand times float32's.  Has
-        no meaning for half precision, whose products are exact.
+        how float32 is multiplied.  ``"ieee"`` (default): in float32, on the CUDA cores.
+        ``"tf32x3"``: on the tensor cores, each factor as the sum of two TF32 numbers, three of
+        the four products kept; 21 bits of each factor, several times faster, and what SDPA's
+        float32 kernel does.  ``"tf32"``: 10 bits of each factor's mantissa.  Has no meaning for
+        half precision, whose products are exact.
 
     Returns
     -------
@@ -95,7 +94,7 @@ def flash_attention(
         _check_widths(sizes.head_dim, sizes.head_dim_v)
         how = (
             sizes.seq_len_q, sizes.seq_len_k, bool(causal), check_scale(scale, sizes.head_dim),
-            _check_window(window), _check_precision(precision, sizes.dtype, q),
+            _check_window(window), _check_precision(precision, sizes.dtype),
         )  # fmt: skip
         _check_runs(q, k, v)
         _remember(q, k, v, asked, how)
@@ -157,7 +156,7 @@ def flash_attention_varlen(
     sizes = check_qkv(q4, k4, v4, dtypes=_DTYPES)
     scale = check_scale(scale, sizes.head_dim)
     window = _check_window(window)
-    precision = _check_precision(precision, sizes.dtype, q)
+    precision = _check_precision(precision, sizes.dtype)
     _check_widths(sizes.head_dim, sizes.head_dim_v)
     cu_q, max_q = _check_offsets("cu_seqlens_q", cu_seqlens_q, q, "q")
     cu_k, max_k = _check_offsets("cu_seqlens_k", cu_seqlens_k, k, "k")
@@ -228,11 +227,9 @@ def _check_window(window: int | None) -> int | None:
     return None if window is None else check_positive_int("window", window)
 
 
-def _check_precision(precision: str | None, dtype: str, q: torch.Tensor) -> str:
+def _check_precision(precision: str | None, dtype: str) -> str:
     if precision is None:
-        # TF32 came with compute capability 8.0.
-        exact = dtype != "float32" or not q.is_cuda or launch.card(q)[0] < 80
-        return "ieee" if exact else "tf32x3"
+        return "ieee"
     check_choice("precision", precision, ("ieee", "tf32x3", "tf32"))
     if dtype != "float32":
         raise ArgumentError(

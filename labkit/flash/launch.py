@@ -167,8 +167,44 @@ def _wide(rows: int, *tensors: torch.Tensor) -> bool:
     )
 
 
-def _block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+def _block(*tensors: torch.Tensor) -> int:
+    """Columns of a tile: head_dim rounded up to a power of two, of the tensors that share it.
+
+    64 at least for narrow 16-bit heads on Hopper that do not lie in 16-byte steps.  Triton 3.6
+    cannot copy such tiles asynchronously, and the product that it makes of a 64 × 16 or 64 × 32
+    right factor which came through registers is wrong (``tests/test_flash_forward.py`` found it).
+    """
+    x = tensors[0]
+    block = max(16, triton.next_power_of_2(x.shape[3]))
+    if block >= 64 or x.element_size() != 2 or card(x)[0] != 90:
+        return block
+    return block if all(_in_steps(x) for x in tensors) else 64
+
+
+def _in_steps(x: torch.Tensor) -> bool:
+    """Whether Triton can know that every row of a head starts at a multiple of 16 bytes."""
+    strides = (s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True) if n > 1)
+    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in strides)
+
+
+def _fitted(make: Callable[[Config], Any], config: Config, *arguments):
+    """What ``make`` makes of the configuration, run once; of a smaller one if it does not fit.
+
+    The estimate of ``tuning.shared_bytes`` rules out what cannot fit.  Should a compiler need more
+    than that, it says so before anything is launched.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    while True:
+        plan = make(config)
+        try:
+            plan(*arguments)
+            return plan
+        except OutOfResources:
+            smaller = tuning.smaller(config)
+            if smaller is None:
+                raise
+            config = smaller
 
 
 def _section(call: Call, x: torch.Tensor, y: torch.Tensor, share: int = 1) -> int:
@@ -253,12 +289,13 @@ class _On:
             self.guard.__exit__(*error)
 
 
-def _tile_constants(call: Call, c: Config, q, v) -> dict:
+def _tile_constants(call: Call, c: Config, q, k, v, *dout) -> dict:
     """Sizes, tiles and mask: constants that the forward, dK/dV and dQ kernels share."""
     d, dv = q.shape[3], v.shape[3]
     even = call.cu_q is None and call.max_q % c.block_m == 0 and call.max_k % c.block_n == 0
     return dict(
-        D=d, DV=dv, BLOCK_D=_block(d), BLOCK_DV=_block(dv), BLOCK_M=c.block_m, BLOCK_N=c.block_n,
+        D=d, DV=dv, BLOCK_D=_block(q, k), BLOCK_DV=_block(v, *dout),
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n,
         CAUSAL=call.causal, WINDOW=call.window is not None, VARLEN=call.cu_q is not None, EVEN=even,
     )  # fmt: skip
 
@@ -294,13 +331,15 @@ def forward(
             return o, lse
         if plan is None:
             check_can_launch("flash_attention", q, k, v)
-            plan = _remember(key, _plan_forward(q, k, v, o, lse, call, config, splits))
-        plan(q, k, v, o, lse, call)
+            plan = _plan_forward(q, k, v, o, lse, call, config, splits)
+            _remember(key, plan)
+        else:
+            plan(q, k, v, o, lse, call)
     return o, lse
 
 
 def _plan_forward(q, k, v, o, lse, call: Call, config: Config | None, splits: int | None):
-    """Decide how these tensors are attended to; the result is called with tensors like them."""
+    """Decide how these tensors are attended to, and do it; then it can be done to others."""
     batch = call.sequences or q.shape[0]
     heads, kv_heads, group = q.shape[1], k.shape[1], q.shape[1] // k.shape[1]
     # A few queries of many heads: the rows of a tile are the heads of a group.
@@ -326,10 +365,14 @@ def _plan_forward(q, k, v, o, lse, call: Call, config: Config | None, splits: in
         config = _packed_config(problem, rows) if pack else tuning.choose(
             problem, flops, lambda c: _ready(make(c), q, k, v, o, lse, call)
         )  # fmt: skip
-    if splits is None and not config.by_hand:
-        tiles = -(-rows // config.block_m)
-        splits = _splits(call, q, k, tiles, batch * tiled, config.block_n)
-    return make(config, splits or 1)
+
+    def split(c: Config):
+        if c.by_hand:
+            return make(c)
+        tiles = -(-rows // c.block_m)
+        return make(c, splits or _splits(call, q, k, tiles, batch * tiled, c.block_n))
+
+    return _fitted(split, config, q, k, v, o, lse, call)
 
 
 def _ready(plan, *arguments) -> Callable[[], None]:
@@ -361,7 +404,7 @@ class _Forward:
         heads, kv_heads = q.shape[1], k.shape[1]
         group, dv = heads // kv_heads, v.shape[3]
         tiles = triton.cdiv(rows, c.block_m)
-        constants = _tile_constants(call, c, q, v)
+        constants = _tile_constants(call, c, q, k, v)
         width = constants["BLOCK_D"], constants["BLOCK_DV"]
         self.roads = (
             (Described(q, c.block_m, width[0]), Described(k, c.block_n, width[0]),
@@ -440,13 +483,18 @@ def backward(
         tensors = (dout, dlse, q, k, v, o, lse, delta, *grads)
         if plan is None:
             check_can_launch("flash_attention", q, k, v, dout)
-            plan = _remember(key, _Backward(*tensors, call, dkdv_config, dq_config))
-        plan(*tensors, call)
+            plan = _Backward(*tensors, call, dkdv_config, dq_config)
+            _remember(key, plan)
+        else:
+            plan(*tensors, call)
     return grads
 
 
 class _Backward:
-    """δ, then dK and dV, then dQ: three kernels and their configurations."""
+    """δ, then dK and dV, then dQ: three kernels and their configurations.
+
+    Choosing configurations runs the kernels, so making one of these computes the gradients too.
+    """
 
     def __init__(self, dout, dlse, q, k, v, o, lse, delta, dq, dk, dv, call: Call, c_kv, c_q):
         batch = call.sequences or q.shape[0]
@@ -460,7 +508,7 @@ class _Backward:
             (tiles * batch * heads,),
             (*o.stride()[:3], *dout.stride(), *extra.stride(), *lse.stride()[:2],
              heads, call.max_q, tiles),
-            dict(DV=v.shape[3], BLOCK_DV=_block(v.shape[3]), BLOCK_M=block_m,
+            dict(DV=v.shape[3], BLOCK_DV=_block(v), BLOCK_M=block_m,
                  VARLEN=call.cu_q is not None, HAS_DLSE=dlse is not None),
             Config(block_m, 0, 4, 1),
         )  # fmt: skip
@@ -476,8 +524,13 @@ class _Backward:
                 lambda c: _ready(made(*tensors, call, c), *tensors, call),
             )  # fmt: skip
 
-        self.dkdv = _Dkdv(*tensors, call, c_kv or choose("dkdv", _Dkdv, kv_heads, 2))
-        self.dq = _Dq(*tensors, call, c_q or choose("dq", _Dq, heads, 1.5))
+        def fit(kind: str, made, config: Config | None, tiled: int, product: float):
+            chosen = config or choose(kind, made, tiled, product)
+            return _fitted(lambda c: made(*tensors, call, c), chosen, *tensors, call)
+
+        self.delta(o, dout, lse, extra, delta, call.cu_q)
+        self.dkdv = fit("dkdv", _Dkdv, c_kv, kv_heads, 2)
+        self.dq = fit("dq", _Dq, c_q, heads, 1.5)
 
     def __call__(self, dout, dlse, q, k, v, o, lse, delta, dq, dk, dv, call: Call) -> None:
         self.delta(o, dout, lse, lse if dlse is None else dlse, delta, call.cu_q)
@@ -490,7 +543,7 @@ def _roads(c: Config, q, k, v, dout) -> tuple:
     """How the four inputs reach a kernel: described to the copy engine, or as they are."""
     if not c.descriptors:
         return (_as_it_is,) * 4
-    block_d, block_dv = _block(q.shape[3]), _block(v.shape[3])
+    block_d, block_dv = _block(q, k), _block(v, dout)
     return (
         Described(q, c.block_m, block_d), Described(k, c.block_n, block_d),
         Described(v, c.block_n, block_dv), Described(dout, c.block_m, block_dv),
@@ -511,7 +564,7 @@ class _Dkdv:
             (*q.stride(), *k.stride(), *v.stride(), *dout.stride(), *lse.stride()[:2],
              *dk.stride()[:3], *dv.stride()[:3], kv_heads, every, call.max_q, call.max_k, tiles,
              min(every, _section(call, q, dout)), call.window or 0, call.scale * LOG2E, call.scale),
-            dict(GROUP=q.shape[1] // kv_heads, **_tile_constants(call, c, q, v),
+            dict(GROUP=q.shape[1] // kv_heads, **_tile_constants(call, c, q, k, v, dout),
                  **_road_constants(call, c, q, k, v, dout, dk, dv)),
             c,
         )  # fmt: skip
@@ -536,7 +589,7 @@ class _Dq:
              *dq.stride()[:3], heads, every, call.max_q, call.max_k, tiles,
              min(every, _section(call, k, v, group)), call.window or 0, call.scale * LOG2E,
              call.scale),
-            dict(GROUP=group, **_tile_constants(call, c, q, v),
+            dict(GROUP=group, **_tile_constants(call, c, q, k, v, dout),
                  **_road_constants(call, c, q, k, v, dout, dq)),
             c,
         )  # fmt: skip

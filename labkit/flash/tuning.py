@@ -35,6 +35,7 @@ __all__ = [
     "forget",
     "registers",
     "shared_bytes",
+    "smaller",
     "space",
 ]
 
@@ -238,6 +239,16 @@ def default(problem: Problem) -> Config:
         if fits and registers(config, problem) <= (255 if exact else _MOST_REGISTERS):
             return config
     return replace(config, num_stages=1)
+
+
+def smaller(config: Config) -> Config | None:
+    """The next smaller configuration to try where this one does not fit; None if it is the last."""
+    if config.num_stages > 1:
+        return replace(config, num_stages=config.num_stages - 1)
+    if max(config.block_m, config.block_n) > 16:
+        m, n = config.block_m, config.block_n
+        return replace(config, block_m=m // 2 if m >= n else m, block_n=n if m >= n else n // 2)
+    return None
 
 
 # -- the choice, kept ----------------------------------------------------------------------------
