@@ -10,9 +10,9 @@ Three places need more, and for a reason:
   and takes dP − δ from two different sums.  Plain attention keeps P, and where a row sees one
   key it subtracts a number from itself and makes no error at all.  Half precision is too coarse
   to notice; in float32, or where everything cancels, this is the largest error there is.
-  :func:`remade` says what it amounts to.
+  ``remade`` says what it amounts to.
 - **The base of the exponential is 2**: a score is rounded once more when it is multiplied by
-  log₂e, which shows when scores are in the hundreds.
+  log₂e, which shows when scores are in the hundreds (``base_two``).
 - **LSE is float32** whatever the inputs are, so its yardstick is plain attention in float32.
 """
 
@@ -24,13 +24,13 @@ import oracle
 import torch
 
 from labkit.experiments._flash_cases import LAYOUTS, LENGTHS, Case, lay_out, make, matrix
+from labkit.experiments._flash_worker import base_two, remade
 
 __all__ = [
-    "CHECKS", "LAYOUTS", "LENGTHS", "Case", "check_case", "judge", "lay_out", "make", "matrix",
-    "ours", "poisoned",
+    "CHECKS", "LAYOUTS", "LENGTHS", "Case", "assert_right", "check_case", "lay_out", "make",
+    "matrix", "ours", "poisoned",
 ]  # fmt: skip
 
-_NAN = float("nan")
 _EPS32 = torch.finfo(torch.float32).eps
 
 
@@ -69,7 +69,7 @@ def ours(q, k, v, dout=None, dlse=None, **options):
 # -- judging -------------------------------------------------------------------------------------
 
 
-def judge(got, q, k, v, dout=None, dlse=None, *, factor=2.0, **options):
+def assert_right(got, q, k, v, dout=None, dlse=None, *, factor=2.0, **options):
     """Assert that what ``ours`` returned is within the bound of the oracle."""
     options = {"causal": False, "window": None, "scale": None, **options}
     assert set(got) == ({"o", "lse"} if dout is None else {"o", "lse", "dq", "dk", "dv"})
@@ -81,13 +81,8 @@ def judge(got, q, k, v, dout=None, dlse=None, *, factor=2.0, **options):
     if torch.equal(p64, p64.round()) and factor == 2.0:
         # one key per row: P is exactly 1, and so is the weight of each value
         assert torch.equal(got["o"], o64.to(o.dtype)), "o: one key per row is copied exactly"
-    # 2^(cS − cm): the base changes, so each score is rounded once more than in e^(S − m)
-    group = q.shape[1] // k.shape[1]
-    p_error = torch.where(torch.isneginf(s64), 0.0, _EPS32 * s64.abs() * p64)
-    wide = v.double().repeat_interleave(group, dim=1)
-    extra = (p_error.square() @ wide.square()).sqrt()
     oracle.assert_within_low_precision_error(
-        got["o"], o64, o, factor=factor, what="o", extra=extra
+        got["o"], o64, o, factor=factor, what="o", extra=base_two(q, k, v, s64, p64)
     )
     if dout is None:
         return
@@ -100,42 +95,6 @@ def judge(got, q, k, v, dout=None, dlse=None, *, factor=2.0, **options):
             got[name], true[index], plain[index],
             factor=factor, what=name, extra=again[index],
         )  # fmt: skip
-
-
-def remade(q, k, v, dout, dlse, s64, p64, scale):
-    """What one float32 rounding of LSE, scores, dP and δ does to dQ, dK, dV: root mean square.
-
-    A sum's rounding is one of the terms that were added, not of what is left when they cancel.
-    dS is rounded to the dtype of K before it is multiplied, and may be subnormal there.  δ is
-    made of O as it was rounded to q's dtype; where one key takes nearly all the weight, dP − δ
-    cancels down to that rounding.
-    """
-    group = q.shape[1] // k.shape[1]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    eps = torch.finfo(q.dtype).eps
-    tiny = torch.finfo(q.dtype).smallest_normal * eps
-    q, k, v, dout = (t.double() for t in (q, k, v, dout))
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    lse = oracle.log_sum_exp(s64)
-    size = torch.where(torch.isneginf(lse), 0.0, lse).abs()[..., None]
-    size = size + q.abs() @ k.mT.abs() * scale
-    p_error = _EPS32 * size * p64
-
-    dp, dp_size = dout @ v.mT, dout.abs() @ v.mT.abs()
-    delta = (dp * p64).sum(-1) - (0.0 if dlse is None else dlse.double())
-    delta_size = (dp_size * p64).sum(-1) + (0.0 if dlse is None else dlse.double().abs())
-    delta_error = _EPS32 * delta_size
-    one_hot = (p64 > 0.9).any(-1) & (p64 < 1).all(-1)
-    o_rounding = eps * (dout * (p64 @ v)).square().sum(-1).sqrt()
-    delta_error = (delta_error + torch.where(one_hot, o_rounding, 0.0))[..., None]
-    ds_error = (p_error * (dp - delta[..., None])).abs()
-    ds_error = (ds_error + p64 * (_EPS32 * dp_size + delta_error) + tiny) * scale
-    ds_error = torch.where(torch.isneginf(s64), 0.0, ds_error)
-
-    dq = ds_error.square() @ k.square()
-    dk = (ds_error.square().mT @ q.square()).unflatten(1, (-1, group)).sum(2)
-    dv = ((p_error + tiny).square().mT @ dout.square()).unflatten(1, (-1, group)).sum(2)
-    return tuple(x.sqrt() + tiny for x in (dq, dk, dv))
 
 
 def judge_lse(lse, q, k, v, s64, options, factor=2.0):
@@ -168,7 +127,7 @@ def check_case(case: Case, device: str = "cpu", *, backward: bool = True, factor
     got = ours(q, k, v, dout if backward else None, **case.options)
     for name, tensor, bits in zip(("q", "k", "v", "dout"), tensors, before, strict=True):
         assert torch.equal(_bits(tensor), bits), f"{name} or what lies around it was written"
-    judge(got, q, k, v, dout if backward else None, factor=factor, **case.options)
+    assert_right(got, q, k, v, dout if backward else None, factor=factor, **case.options)
 
 
 def _bits(x):
@@ -194,14 +153,14 @@ def _growing_scores(device):
     q, k, v, _ = make(Case(40, 300, d=16), device)
     order = k[0, 0].norm(dim=1).argsort()
     k = k[:, :, order] * torch.linspace(0.1, 8, 300, device=device)[:, None]
-    judge(ours(q, k, v), q, k, v)
+    assert_right(ours(q, k, v), q, k, v)
 
 
 def _shrinking_scores(device):
     """The largest score of each row comes first: what comes later must not lower the maximum."""
     q, k, v, _ = make(Case(40, 90, d=32, factor=100.0), device)
     k = k * torch.linspace(1, 0.01, 90, device=device)[:, None]
-    judge(ours(q, k, v), q, k, v)
+    assert_right(ours(q, k, v), q, k, v)
 
 
 def _ragged_tail(device):
@@ -266,7 +225,7 @@ def _lse_gradient(device):
     case = Case(30, 40, d=16, causal=True)
     q, k, v, dout = make(case, device)
     dlse = torch.randn(q.shape[:3], generator=torch.Generator().manual_seed(1)).to(device)
-    judge(ours(q, k, v, dout, dlse, causal=True), q, k, v, dout, dlse, causal=True)
+    assert_right(ours(q, k, v, dout, dlse, causal=True), q, k, v, dout, dlse, causal=True)
 
 
 #: name → check(device), which raises AssertionError

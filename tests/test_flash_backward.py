@@ -11,7 +11,7 @@ import math
 import oracle
 import pytest
 import torch
-from flash_cases import LAYOUTS, Case, check_case, judge, make, matrix, ours
+from flash_cases import LAYOUTS, Case, assert_right, check_case, make, matrix, ours
 
 from labkit.flash import flash_attention
 from labkit.memory import measure
@@ -150,7 +150,7 @@ def test_gradient_of_lse(lone, dtype, device):
         grads = torch.autograd.grad(lse, leaves, dlse * seen, allow_unused=True)
         assert torch.equal(grads[0], got["dq"]) and torch.equal(grads[1], got["dk"])
         assert grads[2] is None or (grads[2] == 0).all()
-    judge(got, q, k, v, dout, dlse, causal=True)
+    assert_right(got, q, k, v, dout, dlse, causal=True)
 
 
 def test_gradient_of_a_sum_is_a_number_with_strides_of_zero(device):
@@ -307,7 +307,7 @@ def test_gradients_of_tensors_of_more_than_two_to_the_31_elements():
     dout[:, :, : n - 300] = 0  # dk and dv are sums over all queries: the last ones' only
     got = ours(q, k, v, dout)
     tail = slice(n - 300, n)
-    judge(
+    assert_right(
         {name: x if name in ("dk", "dv") else x[:, :, tail] for name, x in got.items()},
         q[:, :, tail], k, v, dout[:, :, tail],
     )  # fmt: skip
@@ -323,7 +323,7 @@ def test_gradients_of_keys_of_more_than_two_to_the_31_elements():
     q, dout = (torch.randn(1, 1, 9, d, device="cuda", dtype=torch.float16) for _ in range(2))
     got = ours(q, k, v, dout, causal=True, window=500)
     tail = slice(n - 600, n)
-    judge(
+    assert_right(
         {name: x[:, :, tail] if name in ("dk", "dv") else x for name, x in got.items()},
         q, k[:, :, tail], v[:, :, tail], dout, causal=True, window=500,
     )  # fmt: skip
@@ -340,4 +340,4 @@ def test_rows_that_lie_four_gigabytes_apart():
     for name in ("q", "k", "v", "dout"):
         tensors = {"q": q, "k": k, "v": v, "dout": dout}
         tensors[name] = far.as_strided((1, 1, 128, 64), (0, 0, 2**25, 1)).copy_(tensors[name])
-        judge(ours(**tensors, causal=True), **tensors, causal=True)
+        assert_right(ours(**tensors, causal=True), **tensors, causal=True)

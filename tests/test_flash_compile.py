@@ -5,7 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from flash_cases import Case, check_case, judge, make, ours
+from flash_cases import Case, assert_right, check_case, make, ours
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
@@ -250,7 +250,7 @@ def test_compiled_whole_it_gives_the_same(dynamic, device):
         grads = torch.autograd.grad(o, leaves, dout)
         got = dict(zip(("o", "lse", "dq", "dk", "dv"), (o / 2, lse, *grads), strict=True))
         got["dq"], got["dk"], got["dv"] = got["dq"] / 3, got["dk"] / 2, got["dv"] / 2
-        judge({n: t.detach() for n, t in got.items()}, (q * 1.5).detach(), k.detach(),
+        assert_right({n: t.detach() for n, t in got.items()}, (q * 1.5).detach(), k.detach(),
               v.detach(), dout, causal=True)  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def qkv(device, q=(2, 4, 9, 16), k=(2, 2, 7, 16), v=(2, 2, 7, 16), dtype=torch.f
     return [torch.zeros(s, dtype=dtype, device=device) for s in (q, k, v)]
 
 
-def refused(argument, *says, call):
+def rejected(argument, *says, call):
     """The error names the argument and says what would do; returns it."""
     with pytest.raises(ArgumentError) as caught:
         call()
@@ -65,15 +65,15 @@ def test_the_canary_a_good_call_does_launch(device):
     ],
 )
 def test_shapes_that_do_not_go_together(shapes, argument, device):
-    error = refused(argument, call=lambda: flash_attention(*qkv(device, **shapes)))
+    error = rejected(argument, call=lambda: flash_attention(*qkv(device, **shapes)))
     assert error.argument == f"{argument}.shape"
 
 
 @pytest.mark.parametrize("width", [1, 8, 15, 257, 512])
 def test_a_head_dim_that_has_no_kernel(width, device):
     wide = {"q": (2, 4, 9, width), "k": (2, 2, 7, width)}
-    refused("q", str(width), "16 to 256", call=lambda: flash_attention(*qkv(device, **wide)))
-    refused(
+    rejected("q", str(width), "16 to 256", call=lambda: flash_attention(*qkv(device, **wide)))
+    rejected(
         "v", str(width), "16 to 256",
         call=lambda: flash_attention(*qkv(device, v=(2, 2, 7, width))),
     )  # fmt: skip
@@ -81,7 +81,7 @@ def test_a_head_dim_that_has_no_kernel(width, device):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.float8_e4m3fn, torch.bool])
 def test_a_dtype_that_has_no_kernel(dtype, device):
-    refused(
+    rejected(
         "q.dtype", "float16", "float32",
         call=lambda: flash_attention(*qkv(device, dtype=dtype)),
     )  # fmt: skip
@@ -89,13 +89,13 @@ def test_a_dtype_that_has_no_kernel(dtype, device):
 
 def test_dtypes_that_differ(device):
     q, k, v = qkv(device)
-    refused("k.dtype", "float16", call=lambda: flash_attention(q, k.half(), v))
-    refused("v.dtype", "float16", call=lambda: flash_attention(q, k, v.half()))
+    rejected("k.dtype", "float16", call=lambda: flash_attention(q, k.half(), v))
+    rejected("v.dtype", "float16", call=lambda: flash_attention(q, k, v.half()))
 
 
 @pytest.mark.skipif(GPU, reason="about the interpreter")
 def test_bfloat16_in_the_interpreter():
-    refused(
+    rejected(
         "q.dtype", "bfloat16", "interpreter",
         call=lambda: flash_attention(*qkv("cpu", dtype=torch.bfloat16)),
     )  # fmt: skip
@@ -103,8 +103,8 @@ def test_bfloat16_in_the_interpreter():
 
 def test_devices_that_differ(device):
     q, k, v = qkv(device)
-    refused("k.device", "meta", call=lambda: flash_attention(q, k.to("meta"), v))
-    refused("v.device", "meta", call=lambda: flash_attention(q, k, v.to("meta")))
+    rejected("k.device", "meta", call=lambda: flash_attention(q, k.to("meta"), v))
+    rejected("v.device", "meta", call=lambda: flash_attention(q, k, v.to("meta")))
 
 
 @pytest.mark.gpu
@@ -117,22 +117,22 @@ def test_tensors_on_the_cpu_beside_a_gpu():
 def test_what_is_no_tensor(position, device):
     tensors = qkv(device)
     tensors[position] = tensors[position].tolist()
-    refused("qkv"[position], call=lambda: flash_attention(*tensors))
+    rejected("qkv"[position], call=lambda: flash_attention(*tensors))
 
 
 @pytest.mark.parametrize("window", [0, -1, True, False, 2.0, "8", (4, 4), float("inf")])
 def test_a_window_that_is_no_positive_integer(window, device):
-    refused("window", call=lambda: flash_attention(*qkv(device), window=window))
+    rejected("window", call=lambda: flash_attention(*qkv(device), window=window))
 
 
 @pytest.mark.parametrize("scale", [0, -0.5, float("nan"), float("inf"), True, "1"])
 def test_a_scale_that_is_no_positive_number(scale, device):
-    refused("scale", call=lambda: flash_attention(*qkv(device), scale=scale))
+    rejected("scale", call=lambda: flash_attention(*qkv(device), scale=scale))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "TF32", "", "highest"])
 def test_a_precision_that_is_not_known(precision, device):
-    refused(
+    rejected(
         "precision", "ieee", "tf32",
         call=lambda: flash_attention(*qkv(device), precision=precision),
     )  # fmt: skip
@@ -140,7 +140,7 @@ def test_a_precision_that_is_not_known(precision, device):
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_a_precision_for_half(precision, device):
-    refused(
+    rejected(
         "precision", "float16",
         call=lambda: flash_attention(*qkv(device, dtype=torch.float16), precision=precision),
     )  # fmt: skip
@@ -181,28 +181,28 @@ def test_the_canary_a_good_varlen_call_does_launch(device):
     ],
 )
 def test_offsets_that_do_not_describe_the_tensors(cu, says, device):
-    refused("cu_seqlens_q", says, call=lambda: varlen(device, cu_q=cu))
+    rejected("cu_seqlens_q", says, call=lambda: varlen(device, cu_q=cu))
     smaller = tuple(c - 2 if isinstance(c, int) and c > 6 else c for c in cu)
-    refused("cu_seqlens_k", says, call=lambda: varlen(device, cu_k=smaller))
+    rejected("cu_seqlens_k", says, call=lambda: varlen(device, cu_k=smaller))
 
 
 def test_as_many_offsets_for_keys_as_for_queries(device):
-    refused("cu_seqlens_k", "as many", call=lambda: varlen(device, cu_k=(0, 3, 5, 7)))
+    rejected("cu_seqlens_k", "as many", call=lambda: varlen(device, cu_k=(0, 3, 5, 7)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.bool])
 def test_offsets_of_another_dtype(dtype, device):
-    refused("cu_seqlens_q", "torch.int32", call=lambda: varlen(device, dtype=dtype))
+    rejected("cu_seqlens_q", "torch.int32", call=lambda: varlen(device, dtype=dtype))
 
 
 def test_offsets_elsewhere_or_no_tensor(device):
     q, k, v = (torch.zeros(n, 2, 16, device=device) for n in (9, 7, 7))
     good = torch.tensor([0, 7], device=device)
-    refused(
+    rejected(
         "cu_seqlens_q.device", "meta",
         call=lambda: flash_attention_varlen(q, k, v, good.to("meta"), good),
     )  # fmt: skip
-    refused("cu_seqlens_q", call=lambda: flash_attention_varlen(q, k, v, [0, 9], good))
+    rejected("cu_seqlens_q", call=lambda: flash_attention_varlen(q, k, v, [0, 9], good))
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
@@ -210,7 +210,7 @@ def test_varlen_takes_three_dimensions(position, device):
     tensors = [torch.zeros(n, 2, 16, device=device) for n in (9, 7, 7)]
     tensors[position] = tensors[position][None]
     cu = torch.tensor([0, 9]), torch.tensor([0, 7])
-    refused(
+    rejected(
         "qkv"[position], "varlen", call=lambda: flash_attention_varlen(*tensors, *cu)
     )
 
@@ -220,7 +220,7 @@ def test_varlen_takes_three_dimensions(position, device):
     [({"window": 0}, "window"), ({"scale": -1}, "scale"), ({"precision": "x"}, "precision")],
 )
 def test_varlen_checks_its_options_too(options, argument, device):
-    refused(argument, call=lambda: varlen(device, **options))
+    rejected(argument, call=lambda: varlen(device, **options))
 
 
 # -- without a GPU and without the interpreter ----------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from flash_cases import LAYOUTS, Case, check_case, judge, lay_out, make, matrix, ours
+from flash_cases import LAYOUTS, Case, assert_right, check_case, lay_out, make, matrix, ours
 
 from labkit.experiments._flash_cases import covering
 from labkit.flash import flash_attention
@@ -188,7 +188,7 @@ def test_a_score_of_minus_infinity_weighs_nothing(device):
     q[..., 0], k[:, :, 11, 0] = 1.0, -math.inf
     got = ours(q, k, v)
     keep = [j for j in range(40) if j != 11]
-    judge(got, q, k[:, :, keep], v[:, :, keep])
+    assert_right(got, q, k[:, :, keep], v[:, :, keep])
 
 
 # -- arguments -----------------------------------------------------------------------------------
@@ -213,13 +213,13 @@ def test_a_window_as_wide_as_the_keys_is_none(device):
     q, k, v, _ = make(Case(30, 50), device)
     for causal in (False, True):
         wide, none = ours(q, k, v, causal=causal, window=50), ours(q, k, v, causal=causal)
-        judge(wide, q, k, v, causal=causal)
+        assert_right(wide, q, k, v, causal=causal)
         torch.testing.assert_close(wide["o"], none["o"], rtol=0, atol=1e-6)
 
 
 def test_inputs_that_are_one_tensor_are_fine(device):
     x = torch.randn(1, 2, 37, 16, device=device)
-    judge(ours(x, x, x, causal=True), x, x, x, causal=True)
+    assert_right(ours(x, x, x, causal=True), x, x, x, causal=True)
 
 
 # -- merging by LSE ------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_two_halves_of_the_keys_merge_by_lse_to_the_whole(cut, device):
     b = ours(q, k[:, :, cut:], v[:, :, cut:])
     lse = torch.logaddexp(a["lse"], b["lse"])
     o = a["o"] * (a["lse"] - lse).exp()[..., None] + b["o"] * (b["lse"] - lse).exp()[..., None]
-    judge({"o": o, "lse": lse}, q, k, v)
+    assert_right({"o": o, "lse": lse}, q, k, v)
     torch.testing.assert_close(lse, whole["lse"], rtol=0, atol=2e-6)
     torch.testing.assert_close(o, whole["o"], rtol=0, atol=2e-6)
 
@@ -329,7 +329,7 @@ def test_tensors_of_more_than_two_to_the_31_elements():
     with torch.no_grad():
         o, lse = flash_attention(q, k, v, return_lse=True)
     for part in (slice(0, 300), slice(n // 2, n // 2 + 300), slice(n - 300, n)):
-        judge({"o": o[:, :, part], "lse": lse[:, :, part]}, q[:, :, part], k, v)
+        assert_right({"o": o[:, :, part], "lse": lse[:, :, part]}, q[:, :, part], k, v)
 
 
 @pytest.mark.gpu
@@ -342,7 +342,7 @@ def test_keys_of_more_than_two_to_the_31_elements():
         o, lse = flash_attention(q, k, v, causal=True, window=500, return_lse=True)
     tail = slice(n - 600, n)
     got = {"o": o, "lse": lse}
-    judge(got, q, k[:, :, tail], v[:, :, tail], causal=True, window=500)
+    assert_right(got, q, k[:, :, tail], v[:, :, tail], causal=True, window=500)
 
 
 @pytest.mark.gpu
@@ -357,7 +357,7 @@ def test_batch_heads_and_length_multiply_beyond_two_to_the_31():
     assert lse.numel() > 2**31
     for b in (0, batch // 2, batch - 1):
         part = slice(b, b + 1)
-        judge({"o": o[part], "lse": lse[part]}, q[part], k[part], v[part])
+        assert_right({"o": o[part], "lse": lse[part]}, q[part], k[part], v[part])
 
 
 @pytest.mark.gpu
@@ -367,7 +367,7 @@ def test_more_heads_than_a_grid_has_in_y_and_z(shape):
     q, k, v = (
         torch.randn(batch, heads, n, 16, device="cuda", dtype=torch.float16) for _ in range(3)
     )
-    judge(ours(q, k, v, causal=True), q, k, v, causal=True)
+    assert_right(ours(q, k, v, causal=True), q, k, v, causal=True)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from flash_cases import judge, ours, poisoned
+from flash_cases import assert_right, ours, poisoned
 
 from labkit.flash import flash_attention_varlen
 
@@ -48,7 +48,7 @@ def batched(x):
     return x.transpose(0, 1)[None]
 
 
-def judge_each(got, q, k, v, dout, lengths_q, lengths_k, dlse=None, **options):
+def assert_each_right(got, q, k, v, dout, lengths_q, lengths_k, dlse=None, **options):
     """Every sequence against the oracle, by itself."""
     pieces = zip(
         split(q, lengths_q), split(k, lengths_k), split(v, lengths_k), split(dout, lengths_q),
@@ -66,7 +66,7 @@ def judge_each(got, q, k, v, dout, lengths_q, lengths_k, dlse=None, **options):
             mine = {"o": o, "dq": dq, "dk": dk, "dv": dv}
             mine = {name: batched(x) for name, x in mine.items()} | {"lse": lse[None]}
             tensors = [batched(x) for x in (q_, k_, v_, dout_)]
-            judge(mine, *tensors, None if dlse_ is None else dlse_[None], **options)
+            assert_right(mine, *tensors, None if dlse_ is None else dlse_[None], **options)
 
 
 LENGTHS = [
@@ -85,7 +85,7 @@ def test_each_sequence_is_done_as_it_would_be_alone(lengths_q, lengths_k, causal
     q, k, v, dout = tensors
     cu = offsets(lengths_q, device), offsets(lengths_k, device)
     got = run(q, k, v, *cu, dout, causal=causal)
-    judge_each(got, *tensors, lengths_q, lengths_k, causal=causal)
+    assert_each_right(got, *tensors, lengths_q, lengths_k, causal=causal)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_masks_and_groups_and_value_width(options, device):
     q, k, v, dout = tensors
     got = run(q, k, v, offsets(lengths_q, device), offsets(lengths_k, device), dout, **options)
     assert got["o"].shape == (32, 4, 40) and got["lse"].shape == (4, 32)
-    judge_each(got, *tensors, lengths_q, lengths_k, **options)
+    assert_each_right(got, *tensors, lengths_q, lengths_k, **options)
 
 
 def test_gradient_of_lse(device):
@@ -109,7 +109,7 @@ def test_gradient_of_lse(device):
     dlse = torch.randn(2, 30, generator=torch.Generator().manual_seed(1)).to(device)
     cu = offsets(lengths_q, device), offsets(lengths_k, device)
     got = run(q, k, v, *cu, dout, dlse, causal=True)
-    judge_each(got, *tensors, lengths_q, lengths_k, dlse, causal=True)
+    assert_each_right(got, *tensors, lengths_q, lengths_k, dlse, causal=True)
 
 
 def test_one_sequence_is_flash_attention(device):
@@ -138,7 +138,7 @@ def test_strided_views_are_read_where_they_lie(device):
     dout = torch.randn(33, 2, 16, device=device)
     cu = offsets(lengths, device)
     got = run(q, k, v, cu, cu, dout, causal=True)
-    judge_each(got, q, k, v, dout, lengths, lengths, causal=True)
+    assert_each_right(got, q, k, v, dout, lengths, lengths, causal=True)
 
 
 def test_nan_of_one_sequence_stays_there(device):
@@ -175,7 +175,7 @@ def test_many_lengths_on_the_gpu(options, d, dtype):
     q, k, v, dout = tensors
     cu = offsets(lengths_q, "cuda"), offsets(lengths_k, "cuda")
     got = run(q, k, v, *cu, dout, **options)
-    judge_each(got, *tensors, lengths_q, lengths_k, **options)
+    assert_each_right(got, *tensors, lengths_q, lengths_k, **options)
 
 
 @pytest.mark.gpu
@@ -200,4 +200,4 @@ def test_thousands_of_short_sequences():
         part = slice(at[s], at[s + 1])
         mine = {name: batched(got[name][part]) for name in ("o", "dq", "dk", "dv")}
         mine["lse"] = got["lse"][None, :, part]
-        judge(mine, *(batched(x[part]) for x in (q, k, v, dout)), causal=True)
+        assert_right(mine, *(batched(x[part]) for x in (q, k, v, dout)), causal=True)
