@@ -142,16 +142,6 @@ def test_tiles_are_tried_and_the_best_of_each_compared(monkeypatch):
     assert made.value("tiles.d16.one_pass.16x16w4") == pytest.approx(5 * product / 4e-3)
 
 
-def test_hand_written_kernels_are_told_by_their_names(monkeypatch):
-    for names, by_hand in (
-        (["delta_kernel", "dkdv_kernel", "dq_kernel"], False),
-        (["_stats_kernel", "_dkdv_kernel", "_dq_kernel"], True),
-        (["_stats_kernel", "dkdv_kernel", "_dq_kernel"], True),
-    ):
-        monkeypatch.setattr(experiment, "_kernel_times", lambda fn, n, x=names: dict.fromkeys(x))
-        assert experiment._written_by_hand(lambda: None) == by_hand
-
-
 @pytest.mark.parametrize(
     ("name", "role"),
     [

@@ -64,8 +64,8 @@ PARTS = ("ways", "sweep", "split", "tiles", "price", "error", "repeat")
 _GRADIENTS = ("dq", "dk", "dv")
 #: matrix products in the kernels of two passes; five are needed, S and dP are made twice
 _PRODUCTS = {"dkdv": 4, "dq": 3}
-#: block_m, block_n, warps, stages of the Triton kernels beside hand-written ones: one choice for
-#: every problem, the fastest of the part ``tiles`` at head_dim 128
+#: block_m, block_n, warps, stages of the rows ``triton``: the kernels of ``flash/backward.py`` with
+#: one choice for every problem, where ``labkit`` takes what is fastest, hand-written ones included
 _DKDV, _DQ = (64, 64, 4, 2), (128, 64, 8, 3)
 
 
@@ -427,7 +427,7 @@ def _backwards(q, k, v, dout, causal: bool, notes: list[str]) -> dict[str, Calla
             found[name] = functools.partial(grad, out, (q, k, v), dout)
 
     add("labkit", functools.partial(flash_attention, q, k, v, causal=causal))
-    if "labkit" in found and q.is_cuda and _written_by_hand(found["labkit"]):
+    if "labkit" in found and q.is_cuda:
         try:
             plain = _in_triton(q, k, v, dout, causal, _config(*_DKDV), _config(*_DQ))
             plain()
@@ -443,12 +443,6 @@ def _backwards(q, k, v, dout, causal: bool, notes: list[str]) -> dict[str, Calla
 
             add(backend, functools.partial(sdpa, q, k, v, is_causal=causal, scale=scale))
     return found
-
-
-def _written_by_hand(backward: Callable) -> bool:
-    """Whether a backward pass runs some kernel that is not in ``labkit/flash/backward.py``."""
-    names = [n for n in _kernel_times(backward, 1) if kernel_role(n) in ("dkdv", "dq", "whole")]
-    return bool(set(names) - {"dkdv_kernel", "dq_kernel"})
 
 
 def _flops(batch: int, heads: int, n: int, head_dim: int, causal: bool) -> float:
