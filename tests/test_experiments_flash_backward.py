@@ -147,6 +147,7 @@ def test_tiles_are_tried_and_the_best_of_each_compared(monkeypatch):
     [
         ("dkdv_kernel", "dkdv"), ("_dkdv_kernel", "dkdv"), ("dq_kernel", "dq"),
         ("delta_kernel", "delta"), ("one_pass_kernel", "one_pass"),
+        ("rows_kernel", "delta"),
         ("void pytorch_flash::flash_bwd_dot_do_o_kernel<true>", "delta"),
         ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<…>", "whole"),
         ("void pytorch_flash::flash_bwd_convert_dq_kernel<…>", "convert"),
