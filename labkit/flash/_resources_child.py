@@ -12,6 +12,7 @@ Reads requests as JSON from standard input and writes one JSON object per line.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import tempfile
@@ -22,6 +23,7 @@ import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 
@@ -108,6 +110,26 @@ def _tool(tool: str, *args: str) -> str:
     return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
 
 
+def _read_binary(cubin: bytes, disassemble: bool) -> tuple[str, str]:
+    """What cuobjdump says of a binary: resources, and the SASS if asked for.
+
+    Disassembling takes as long as compiling, so its text is kept where Triton keeps the binary.
+    """
+    kept = get_cache_manager(hashlib.sha256(cubin).hexdigest())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _tool("cuobjdump", "-res-usage", str(path))
+        if not disassemble:
+            return usage, ""
+        known = kept.get_file("labkit.sass")
+        if known is not None:
+            return usage, Path(known).read_text("utf-8")
+        sass = _tool("cuobjdump", "-sass", str(path))
+        kept.put(sass, "labkit.sass", binary=False)
+        return usage, sass
+
+
 def _answer(r: dict) -> dict:
     driver.set_active(Elsewhere(r["number"]))
     compiled.clear()
@@ -116,11 +138,7 @@ def _answer(r: dict) -> dict:
     wanted.add("forward_kernel" if step else f"{r['kernel']}_kernel")
     (_step if step else _production)(r)
     name, kernel = compiled[-1]
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", str(cubin))
-        sass = _tool("cuobjdump", "-sass", str(cubin)) if r["disassemble"] else ""
+    usage, sass = _read_binary(kernel.asm["cubin"], r["disassemble"])
     return {
         "function": name,
         "tiles": r["tiles"],
