@@ -208,6 +208,7 @@ def attend(q, k, v, dout, case: Case, road: str) -> dict[str, torch.Tensor]:
     from labkit.flash import hopper, hopper_backward
 
     options = {"scale": scale, "causal": case.causal, "window": case.window}
+    dout = dout if launch._describable(dout) else dout.contiguous()
     o, lse = launch.like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
     hopper.forward(q, k, v, o, lse, **options)
     delta = (dout.float() * o.float()).sum(-1).contiguous()
