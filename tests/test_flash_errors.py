@@ -130,6 +130,17 @@ def test_a_scale_that_is_no_positive_number(scale, device):
     rejected("scale", call=lambda: flash_attention(*qkv(device), scale=scale))
 
 
+@pytest.mark.parametrize(
+    ("option", "good", "bad"),
+    [("window", 1, True), ("window", 1, 1.0), ("scale", 1.0, True), ("scale", 1, True)],
+)
+def test_what_was_checked_before_does_not_let_its_like_pass(option, good, bad, device):
+    """1, 1.0 and True are equal and have one hash: a memory of checked calls must tell them."""
+    with pytest.raises(AssertionError, match="launched"):
+        flash_attention(*qkv(device), **{option: good})
+    rejected(option, call=lambda: flash_attention(*qkv(device), **{option: bad}))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "TF32", "", "highest"])
 def test_a_precision_that_is_not_known(precision, device):
     rejected(
