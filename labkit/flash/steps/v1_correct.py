@@ -49,7 +49,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # Which rows of which head.  Batch and head are one number, and so are batch and KV head.
+    # Which rows of which head; batch and head are one number, so are batch and KV head.
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1).to(tl.int64)  # an offset in elements may pass 2³¹
     kv_head = head // GROUP
