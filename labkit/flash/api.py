@@ -87,7 +87,7 @@ def flash_attention(
     reaches the rows whose tiles contain its key, also where the mask hides it, since 0 · NaN is
     NaN.
     """
-    asked = (causal, scale, window, type(window), precision)
+    asked = (causal, scale, type(scale), window, type(window), precision)
     how = _remembered(q, k, v, asked)
     if how is None:
         sizes = check_qkv(q, k, v, dtypes=_DTYPES)
