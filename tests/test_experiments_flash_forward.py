@@ -74,7 +74,8 @@ def made() -> Result:
     for name, ms in (("v1", 6.0), ("v2", 4.0), ("v3", 5.0), ("ours", 2.0), ("flash", 3.0)):
         result.rows.append(row("steps", name, ms))
     for n, ours, flash in ((16384, 4.0, 5.0), (1024, 4.0, 2.0)):
-        result.rows += [row("steps", "ours", ours, seq_len=n), row("steps", "flash", flash, seq_len=n)]
+        result.rows.append(row("steps", "ours", ours, seq_len=n))
+        result.rows.append(row("steps", "flash", flash, seq_len=n))
     for launch, ms in (("hidden", 1.0), ("included", 3.0)):
         for shape, factor in (("a", 1.0), ("b", 2.0)):
             more = {"shape": shape, "launch": launch}
