@@ -334,8 +334,9 @@ def table(
 def reports(requests: Sequence[str]) -> list[Resources | CompileError]:
     """Answers to several requests (JSON, from :func:`report`'s arguments); each is asked once."""
     missing = [r for r in dict.fromkeys(requests) if r not in _known]
-    # A process takes seconds to load Triton: a second one pays from a few kernels on.
-    shares = [missing[i::2] for i in range(2)] if len(missing) > 4 else [missing]
+    # A process takes seconds to load Triton: another one pays from a few kernels on.
+    processes = max(1, min(4, os.cpu_count() or 1, len(missing) // 3))
+    shares = [missing[i::processes] for i in range(processes)]
     with ThreadPoolExecutor(len(shares)) as pool:
         for share, answers in zip(shares, pool.map(_compile, shares), strict=True):
             _known.update(zip(share, answers, strict=True))
