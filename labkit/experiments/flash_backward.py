@@ -22,7 +22,7 @@ Six parts, each of which may be missing from a result with the reason among its 
     and little else.
 ``error``
     gradients against float64, by dtype: plain attention, torch's backends, ``labkit.flash``;
-    float32 also with TF32 products; with logits of normal size and eight times as large.
+    float32 also with one and with three TF32 products; with logits of normal size and eight times as large.
 ``repeat``
     the same backward pass again and again: are the gradients equal to the bit?
 
@@ -697,6 +697,7 @@ def _error_cases(device: str) -> list[tuple[str, str, int]]:
                  for who in ("naive", "labkit", "flash", "cudnn")]  # fmt: skip
         pairs += [(who, dtype) for dtype in ("float32", "tf32")
                   for who in ("naive", "labkit", "efficient")]  # fmt: skip
+        pairs.append(("labkit", "tf32x3"))
     return [(who, dtype, logits) for logits in (1, 8) for who, dtype in pairs]
 
 
@@ -722,7 +723,7 @@ def _gradients(who: str, dtype: str, q, k, v, dout):
     if who == "labkit":
         from labkit.flash import flash_attention
 
-        out = flash_attention(q, k, v, precision="tf32" if dtype == "tf32" else None)
+        out = flash_attention(q, k, v, precision=dtype if dtype.startswith("tf32") else None)
     elif who == "naive":
         out = naive_attention(q, k, v)
     elif who == "sdpa":
@@ -742,7 +743,7 @@ def _error(
 
     sizes = plan["error"]
     shape = (1, sizes["heads"], sizes["seq_len"], sizes["head_dim"])
-    element = "float32" if dtype == "tf32" else dtype
+    element = "float32" if dtype.startswith("tf32") else dtype
     q, k, v, dout = _tensors(shape, element, device, logits=float(logits))
     with _tf32(dtype == "tf32"):
         ours = _gradients(who, dtype, q, k, v, dout)

@@ -337,7 +337,7 @@ def gradient_errors(ax: Axes, result: Any, *, logits: int = 1, where: str = "") 
     """
     t = theme()
     rows = _rows(result, part="error", logits=logits)
-    order = ("bfloat16", "float16", "tf32", "float32")
+    order = ("bfloat16", "float16", "tf32", "tf32x3", "float32")
     dtypes = [d for d in order if any(r["dtype"] == d for r in rows)]
     people = [w for w in _WHO if any(r["who"] == w for r in rows)]
     colours = dict(zip(people, (t.blue, t.vermilion, t.green, t.purple, t.orange), strict=False))
@@ -358,7 +358,8 @@ def gradient_errors(ax: Axes, result: Any, *, logits: int = 1, where: str = "") 
             )  # fmt: skip
             seen.add(who)
     ax.set_xscale("log")
-    ax.set_yticks(range(len(dtypes)), [{"tf32": "float32, TF32"}.get(d, d) for d in dtypes])
+    texts = {"tf32": "float32, TF32", "tf32x3": "float32, 3 × TF32"}
+    ax.set_yticks(range(len(dtypes)), [texts.get(d, d) for d in dtypes])
     ax.set_ylim(len(dtypes) - 0.45, -0.55)
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
