@@ -22,7 +22,8 @@ Six parts, each of which may be missing from a result with the reason among its 
     and little else.
 ``error``
     gradients against float64, by dtype: plain attention, torch's backends, ``labkit.flash``;
-    float32 also with one and with three TF32 products; with logits of normal size and eight times as large.
+    float32 also with one and with three TF32 products; with logits of normal size and eight
+    times as large.
 ``repeat``
     the same backward pass again and again: are the gradients equal to the bit?
 
