@@ -18,6 +18,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from labkit.kernels.runtime import check_can_launch
 __all__ = ["Call", "backward", "forward", "like"]
 
 LOG2E = math.log2(math.e)
+#: making descriptors takes the host longer than a problem of fewer FLOPs takes the GPU
+_WORTH_A_DESCRIPTOR = 4e9
 #: a stride of 0 would divide nothing; the copy engine wants multiples of this many bytes
 _TMA_ALIGN = 16
 
@@ -226,8 +229,9 @@ def _problem(kind, call: Call, q, k, v, heads: int, flops, describable: bool, by
         kind=kind, dtype=str(q.dtype).removeprefix("torch."), precision=call.precision,
         head_dim=q.shape[3], head_dim_v=v.shape[3], rows=call.max_q, cols=call.max_k,
         heads=heads, causal=call.causal, windowed=call.window is not None,
-        # Making descriptors takes the host longer than a small problem takes the GPU.
-        descriptors=describable and arch >= 90 and call.cu_q is None and flops > 4e9,
+        descriptors=(
+            describable and arch >= 90 and call.cu_q is None and flops >= _WORTH_A_DESCRIPTOR
+        ),
         by_hand=by_hand, arch=arch, shared_limit=shared, sms=sms,
     )  # fmt: skip
 
@@ -348,17 +352,15 @@ def _plan_forward(q, k, v, o, lse, call: Call, config: Config | None, splits: in
     flops = _flops(call, batch * heads, q.shape[3] + v.shape[3])
     problem = _problem(
         "forward", call, q, k, v, batch * tiled, flops,
-        not pack and _describable(q, k, v), "packed" if pack else _by_hand(q, k, v, call),
+        not pack and _describable(q, k, v),
+        "packed" if pack else _by_hand("hopper", call, flops, q, k, v),
     )  # fmt: skip
 
     def make(c: Config, splits: int = 1):
         if c.by_hand:
             from labkit.flash import hopper
 
-            return lambda q, k, v, o, lse, call: hopper.forward(
-                q, k, v, o, lse,
-                scale=call.scale, causal=call.causal, window=call.window, config=c,
-            )  # fmt: skip
+            return hopper.plan(q, k, v, o, lse, call, c)
         return _Forward(q, k, v, o, lse, call, c, rows, batch * tiled, pack, splits)
 
     if config is None:
@@ -379,13 +381,18 @@ def _ready(plan, *arguments) -> Callable[[], None]:
     return lambda: plan(*arguments)
 
 
-def _by_hand(q, k, v, call: Call) -> str | None:
-    """Why the hand-written Hopper forward cannot run; None when it can."""
+def _by_hand(module: str, call: Call, flops: float, q, k, v, *dout) -> str | None:
+    """Why the kernel written by hand for Hopper cannot or should not run; None when it can."""
     if call.cu_q is not None:
         return "varlen"
     if card(q)[0] != 90:
         return "not a Hopper card"
-    return "not wired yet"
+    if flops < _WORTH_A_DESCRIPTOR:
+        return "too small to be worth its descriptors"
+    if not _describable(q, k, v, *dout):
+        return "not laid out for the copy engine"
+    kernels = import_module(f"labkit.flash.{module}")
+    return kernels.supports(q, k, v, causal=call.causal, window=call.window)
 
 
 def _packed_config(problem: Problem, rows: int) -> Config:
@@ -513,20 +520,22 @@ class _Backward:
             Config(block_m, 0, 4, 1),
         )  # fmt: skip
         describable = _describable(q, k, v, dout)
+        by_hand = _by_hand("hopper_backward", call, flops, q, k, v, dout)
         tensors = (q, k, v, dout, lse, delta, dq, dk, dv)
 
-        def choose(kind: str, made, tiled: int, product: float) -> Config:
-            problem = _problem(
-                kind, call, q, k, v, batch * tiled, product * flops, describable, "backward"
-            )
-            return tuning.choose(
-                problem, product * flops,
-                lambda c: _ready(made(*tensors, call, c), *tensors, call),
-            )  # fmt: skip
+        def fit(kind: str, triton_plan, config: Config | None, tiled: int, product: float):
+            def make(c: Config):
+                if not c.by_hand:
+                    return triton_plan(*tensors, call, c)
+                kernels = import_module("labkit.flash.hopper_backward")
+                return getattr(kernels, f"plan_{kind}")(*tensors, call, c)
 
-        def fit(kind: str, made, config: Config | None, tiled: int, product: float):
-            chosen = config or choose(kind, made, tiled, product)
-            return _fitted(lambda c: made(*tensors, call, c), chosen, *tensors, call)
+            work = product * flops
+            problem = _problem(kind, call, q, k, v, batch * tiled, work, describable, by_hand)
+            chosen = config or tuning.choose(
+                problem, work, lambda c: _ready(make(c), *tensors, call)
+            )  # fmt: skip
+            return _fitted(make, chosen, *tensors, call)
 
         self.delta(o, dout, lse, extra, delta, call.cu_q)
         self.dkdv = fit("dkdv", _Dkdv, c_kv, kv_heads, 2)

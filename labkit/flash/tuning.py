@@ -107,7 +107,7 @@ class Problem:
     @property
     def key(self) -> str:
         """Problems with the same key share a choice."""
-        size = max(self.rows, self.cols)
+        size = min(max(self.rows, self.cols), 4096)  # beyond, nothing about the choice changes
         few = self.heads * -(-self.rows // 128) < 2 * self.sms
         parts = (
             self.kind, self.dtype, self.precision if self.itemsize == 4 else "-",
@@ -180,26 +180,25 @@ _GRID_FP32 = {
 
 def space(problem: Problem) -> list[Config]:
     """The configurations worth timing for this problem, all of which the card can launch."""
-    found = []
-    if problem.by_hand is None:
-        found += _by_hand(problem)
-    roads = (True, False) if problem.descriptors else (False,)
+    found = _by_hand(problem)
     rows = _pow2(problem.rows if problem.kind != "dkdv" else problem.cols)
     grid = _GRID if problem.itemsize == 2 else _GRID_FP32
-    for m, n, warps, stages in grid[problem.kind]:
-        config = Config(m, n, warps, stages)
+    for m, n, warps, stages in grid[problem.kind][: 3 if found else None]:
+        config = Config(m, n, warps, stages, problem.descriptors)
         if shared_bytes(config, problem) > problem.shared_limit:
             continue
         if registers(config, problem) > _MOST_REGISTERS:
             continue
         if (m if problem.kind != "dkdv" else n) > max(rows, 64):
             continue
-        found += [replace(config, descriptors=road) for road in roads]
+        found.append(config)
     return found or [default(problem)]
 
 
 def _by_hand(problem: Problem) -> list[Config]:
-    """The hand-written kernels' own configurations, if there are any for this problem."""
+    """The hand-written kernels' own configurations, the best first, if they can run at all."""
+    if problem.by_hand is not None:
+        return []
     if problem.kind == "forward":
         from labkit.flash import hopper as module
     else:
@@ -211,6 +210,8 @@ def default(problem: Problem) -> Config:
     """A good configuration by rule: the largest tiles that fit shared memory and registers."""
     if problem.arch < 70:  # the interpreter: small tiles keep it quick and every mask used
         return Config(32, 32, 4, 1)
+    if by_hand := _by_hand(problem):
+        return by_hand[0]
     wide = max(_pow2(problem.head_dim), _pow2(problem.head_dim_v))
     exact = problem.dtype == "float32" and problem.precision == "ieee"
     if exact:  # products on the CUDA cores: each element of a tile is also a register
@@ -254,7 +255,7 @@ def smaller(config: Config) -> Config | None:
 # -- the choice, kept ----------------------------------------------------------------------------
 
 #: below this many FLOPs a wrong choice costs less than making it
-WORTH_TUNING = 2e10
+WORTH_TUNING = 1e11
 
 _chosen: dict[str, Config] = {}
 _loaded: set[Path] = set()
