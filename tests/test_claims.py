@@ -14,7 +14,8 @@ from labkit.claims import CLAIMS, VERDICTS, as_markdown, claim, comparisons
 from labkit.errors import ArgumentError
 from labkit.units import GIB, KIB, MIB
 
-PART_ONE = [f"C{n:02d}" for n in (*range(1, 17), 23)]
+DONE = [f"C{n:02d}" for n in (*range(1, 18), 23)]
+MEASURED_ONLY = {"C17"}  # nothing of it can be computed
 
 
 def cells(name, title=None):
@@ -23,11 +24,11 @@ def cells(name, title=None):
     return {row.label: row for table in tables for row in table.rows}
 
 
-def test_part_one_has_a_verdict_on_each_of_its_claims():
-    assert list(CLAIMS) == PART_ONE
+def test_the_chapters_there_are_have_a_verdict_on_each_of_their_claims():
+    assert list(CLAIMS) == DONE
     for item in CLAIMS.values():
         assert item.verdict in VERDICTS
-        assert item.chapter in {"01", "02", "03", "04", "05"}
+        assert item.chapter in {f"{n:02d}" for n in range(1, 10)}
         assert len(item.statement) > 30 and len(item.reason) > 30
         assert item.reason.endswith(".") and item.statement.endswith(".")
 
@@ -37,7 +38,7 @@ def test_the_known_errors_are_refuted():
     assert refuted == {"C09", "C11", "C16"}
 
 
-@pytest.mark.parametrize("name", [n for n in PART_ONE if n != "C01"])
+@pytest.mark.parametrize("name", [n for n in DONE if n not in {"C01", *MEASURED_ONLY}])
 def test_every_cell_comes_out_as_the_verdict_says(name):
     tables = comparisons(name)
     assert tables and all(table.rows for table in tables)
