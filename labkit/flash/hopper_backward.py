@@ -27,27 +27,29 @@ have landed, an ``empty`` one when both consumers are done with it.  A barrier h
 phase; whoever waits names the phase that is to end.
 
 Inside a consumer a product runs while the arithmetic before the next one is done
-(``warpgroup_mma_wait(n)``: until at most n of my products are still running):
+(``warpgroup_mma_wait(n)``: until at most n of my products are still running).  For dK and dV:
 
 ==============================  ================================================
 on the CUDA cores               meanwhile on the tensor cores
 ==============================  ================================================
-wait for the scores             dK += dSᵀ Q of the tile before; Sᵀ = K Qᵀ
+wait for the scores             Sᵀ = K Qᵀ, and dK += dSᵀ Q of the tile before
 Pᵀ = 2^(…)                      dPᵀ = V dOᵀ
 dSᵀ = Pᵀ ∘ (dPᵀ − δ)            dV += Pᵀ dO
 ==============================  ================================================
 
 Two rules of the assembler decide where a wait may stand; break one, and it makes every product
-wait for itself, which costs a third of the speed and is said only in its log:
+wait for itself, and says so only in its log:
 
-- No product may be in flight where the loop closes.  So the loop ends with a wait for dV.
+- In a warpgroup other than the first, no product may be in flight where the loop closes.  So the
+  loop ends with a wait for dV.
 - The registers of products in flight are counted together.  dK and dV of 64 × 128 take 128, Sᵀ
-  and dPᵀ of 64 × 64 take 32 each, their rounded copies 16 each: head_dim 128 fits 240 only
-  because dPᵀ is issued after dK has ended.  head_dim 64 has room and overlaps more (``early``).
+  and dPᵀ of 64 × 64 take 32 each, their rounded copies 16 each: of 240 there is hardly one left
+  for an address.  So there are two orders.  ``early`` issues Sᵀ, dK and dPᵀ at once.  ``late``
+  waits for dK before dPᵀ, which can then have the registers of dSᵀ.
 
-What was tried and was slower, or no faster: one consumer of eight warps (its warps meet at every
-barrier, and the tensor cores are idle meanwhile); three consumers of 160 registers (dQ, head_dim
-64); blocks of 64 keys, two to a multiprocessor (head_dim 64).
+What was tried: one consumer of eight warps, whose warps meet at every barrier (dK and dV no slower,
+dQ much slower).  About as fast, and left out: three consumers of 160 registers for dQ at head_dim
+64; blocks of 64 keys, two to a multiprocessor, at head_dim 64; a third stage at head_dim 128.
 
 Each sum is made by one warpgroup in a fixed order: the gradients are the same to the bit each time.
 
@@ -192,7 +194,9 @@ def _p_transposed(s, lse, q0, k0, mask, CAUSAL: gl.constexpr, WINDOW: gl.constex
 
 @gluon.jit
 def _dkdv_consumer(args, WHO: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
-                   STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
+                   STAGES: gl.constexpr, EARLY: gl.constexpr, CAUSAL: gl.constexpr,
+                   WINDOW: gl.constexpr):  # fmt: skip
+    """64 of the keys: their K and V stay in shared memory, their dK and dV in registers."""
     smem, bars, descs, numbers = args
     dk_desc, dv_desc = descs
     batch, kv_head, k0, first_m, count_m, steps, scale, mask = numbers
@@ -204,7 +208,6 @@ def _dkdv_consumer(args, WHO: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constex
     grad: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     # The result of one product as the left factor of the next: each thread has its own values.
     left: gl.constexpr = gl.DotOperandLayout(0, grad, 2)
-    early: gl.constexpr = D <= 64
     dtype: gl.constexpr = k_smem.dtype
     k_tile = k_smem.index(WHO)
     v_tile = v_smem.index(WHO)
@@ -238,7 +241,7 @@ def _dkdv_consumer(args, WHO: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constex
         m = gl.where(m + 1 == first_m + count_m, first_m, m + 1)  # on to the next head of the group
         q_t = q_smem.index(stage).permute((1, 0))
         do_t = do_smem.index(stage).permute((1, 0))
-        if early:  # in flight at once: S, dK of the tile before, dP
+        if EARLY:  # in flight at once: S, dK of the tile before, dP
             mbarrier.wait(q_full.index(stage), phase)
             s = warpgroup_mma(k_tile, q_t, none, use_acc=False, is_async=True)
             dk = warpgroup_mma(ds_left, q_smem.index(last), dk, is_async=True)
@@ -260,7 +263,7 @@ def _dkdv_consumer(args, WHO: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constex
         p_left = gl.convert_layout(p.to(dtype), left, assert_trivial=True)
         dv = warpgroup_mma(p_left, do_smem.index(stage), dv, is_async=True)
         dp = warpgroup_mma_wait(1, [dp])
-        if early:
+        if EARLY:
             mbarrier.arrive(empty.index(last), count=1)
         # While dV runs:
         ds = p * (dp - _row(delta_smem, stage, tile))
@@ -281,6 +284,7 @@ def _dkdv_consumer(args, WHO: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constex
 
 @gluon.jit
 def _dkdv_producer(args, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr):
+    """Brings K and V once; then tile after tile Q, dO and what belongs to their rows."""
     smem, bars, descs, numbers = args
     batch, heads, kv_head, group, k0, first_m, count_m, steps = numbers
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem = smem
@@ -335,7 +339,7 @@ def _queries(k0, K_ROWS: gl.constexpr, total, off, window, BLOCK_M: gl.constexpr
 def dkdv_kernel(
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, dv_desc,
     heads, group, nq, nk, tiles, window, slope, scale,
-    D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
     CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of 128 keys of one KV head, summed over the queries of the heads of its group."""
@@ -382,8 +386,8 @@ def dkdv_kernel(
     producer = (smem, bars, (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc),
                 (batch, heads, kv_head, group, k0, first_m, count_m, steps))  # fmt: skip
     gl.warp_specialize([
-        (_dkdv_consumer, (consumer, 0, D, BLOCK_M, STAGES, CAUSAL, WINDOW)),
-        (_dkdv_consumer, (consumer, 1, D, BLOCK_M, STAGES, CAUSAL, WINDOW)),
+        (_dkdv_consumer, (consumer, 0, D, BLOCK_M, STAGES, EARLY, CAUSAL, WINDOW)),
+        (_dkdv_consumer, (consumer, 1, D, BLOCK_M, STAGES, EARLY, CAUSAL, WINDOW)),
         (_dkdv_producer, (producer, D, BLOCK_M, STAGES)),
     ], [4, 1], [240, 24])  # fmt: skip
 
@@ -409,6 +413,7 @@ def _p(s, lse, q0, k0, mask, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
 @gluon.jit
 def _dq_consumer(args, WHO: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
                  STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
+    """64 of the queries: their Q and dO stay in shared memory, their dQ in registers."""
     smem, bars, dq_desc, lse, delta, numbers = args
     batch, head, q0, nq, first_n, steps, scale, mask = numbers
     q_smem, do_smem, k_smem, v_smem = smem
@@ -473,6 +478,7 @@ def _dq_consumer(args, WHO: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr
 
 @gluon.jit
 def _dq_producer(args, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Brings Q and dO once; then K and V, tile after tile."""
     smem, bars, descs, numbers = args
     q_desc, do_desc, k_desc, v_desc = descs
     batch, head, kv_head, q0, first_n, steps = numbers
@@ -561,18 +567,30 @@ def dq_kernel(
 
 # -- the host side ---------------------------------------------------------------------------------
 
-#: (block_m, block_n, stages) worth timing, the first a good guess, by pass and head_dim
+#: (block_m, block_n, stages, order of the products) worth timing, a good guess first
 _SPACE = {
-    "dkdv": {64: [(64, 128, 3)], 128: [(64, 128, 2), (64, 128, 3)]},
-    "dq": {64: [(128, 128, 3), (128, 64, 4)], 128: [(128, 64, 4)]},
+    "dkdv": {
+        64: [(64, 128, 3, "early")],
+        128: [(64, 128, 2, "late"), (64, 128, 2, "early")],
+    },
+    "dq": {
+        64: [(128, 128, 3, "early"), (128, 64, 4, "early")],
+        128: [(128, 64, 4, "early")],
+    },
 }
 
 
 def candidates(problem: Problem) -> list[Config]:
     """The configurations of these kernels for a problem of kind ``"dkdv"`` or ``"dq"``."""
     same = problem.head_dim == problem.head_dim_v and problem.itemsize == 2
-    sizes = _SPACE.get(problem.kind, {}).get(problem.head_dim, []) if same else []
-    return [Config(m, n, 4, stages, descriptors=True, by_hand="gluon") for m, n, stages in sizes]
+    return _configs(problem.kind, problem.head_dim) if same else []
+
+
+def _configs(kind: str, d: int) -> list[Config]:
+    return [
+        Config(m, n, num_warps=4, num_stages=stages, descriptors=True, by_hand=order)
+        for m, n, stages, order in _SPACE.get(kind, {}).get(d, [])
+    ]
 
 
 def _described(x: torch.Tensor, rows: int):
@@ -585,6 +603,11 @@ def _described(x: torch.Tensor, rows: int):
     made.form = TensorDescriptor(x, form.shape, form.strides, form.block_shape, layout)
     made.form.base = None
     return made
+
+
+def _window(call, nq: int, nk: int) -> int:
+    """The window as a number that no index can overflow: beyond Nq + Nk nothing changes."""
+    return min(call.window or 0, nq + nk)
 
 
 class _Lines:
@@ -621,7 +644,7 @@ class _Dkdv:
     def __init__(self, q, k, v, dout, lse, delta, dq, dk, dv, call, c: Config) -> None:
         from labkit.flash.launch import Launcher
 
-        batch, kv_heads, nk, d = k.shape
+        (batch, kv_heads, nk, d), nq = k.shape, q.shape[2]
         tiles = triton.cdiv(nk, 2 * ROWS)
         self.roads = [_described(x, c.block_m) for x in (q, dout)]
         self.roads += [_described(x, ROWS) for x in (k, v, dk, dv)]
@@ -629,10 +652,10 @@ class _Dkdv:
         self.launch = Launcher(
             dkdv_kernel,
             (tiles * kv_heads * batch,),
-            (q.shape[1], q.shape[1] // kv_heads, q.shape[2], nk, tiles, call.window or 0,
+            (q.shape[1], q.shape[1] // kv_heads, nq, nk, tiles, _window(call, nq, nk),
              call.scale * log2(e), call.scale),
-            dict(D=d, BLOCK_M=c.block_m, STAGES=c.num_stages, CAUSAL=call.causal,
-                 WINDOW=call.window is not None),
+            dict(D=d, BLOCK_M=c.block_m, STAGES=c.num_stages, EARLY=c.by_hand == "early",
+                 CAUSAL=call.causal, WINDOW=call.window is not None),
             c,
         )  # fmt: skip
 
@@ -649,15 +672,15 @@ class _Dq:
     def __init__(self, q, k, v, dout, lse, delta, dq, dk, dv, call, c: Config) -> None:
         from labkit.flash.launch import Launcher
 
-        batch, heads, nq, d = q.shape
+        (batch, heads, nq, d), nk = q.shape, k.shape[2]
         tiles = triton.cdiv(nq, 2 * ROWS)
         self.roads = [_described(x, ROWS) for x in (q, dout, dq)]
         self.roads += [_described(x, c.block_n) for x in (k, v)]
         self.launch = Launcher(
             dq_kernel,
             (tiles * heads * batch,),
-            (*lse.stride()[:2], heads, heads // k.shape[1], nq, k.shape[2], tiles,
-             call.window or 0, call.scale * log2(e), call.scale),
+            (*lse.stride()[:2], heads, heads // k.shape[1], nq, nk, tiles,
+             _window(call, nq, nk), call.scale * log2(e), call.scale),
             dict(D=d, BLOCK_N=c.block_n, STAGES=c.num_stages, CAUSAL=call.causal,
                  WINDOW=call.window is not None),
             c,
@@ -690,21 +713,22 @@ def plan_dq(q, k, v, dout, lse, delta, dq, dk, dv, call, config: Config) -> Call
 
 
 def backward(
-    q, k, v, dout, lse, delta, dq, dk, dv, *, scale, causal, window=None, dkdv=None, dq_=None
-) -> None:
+    q, k, v, dout, lse, delta, dq, dk, dv, *, scale, causal, window=None,
+    dkdv_config: Config | None = None, dq_config: Config | None = None,
+) -> None:  # fmt: skip
     """Write dQ, dK and dV; both kernels, without tuning and without a plan kept.
 
     Parameters
     ----------
-    q ... dv : as in :func:`plan_dkdv`.
+    q, k, v, dout, lse, delta, dq, dk, dv : as in :func:`plan_dkdv`.
     scale, causal, window : as in ``flash_attention``.
-    dkdv, dq_ : (block_m, block_n, stages) of the two kernels; None for the first guess.
+    dkdv_config, dq_config : of :func:`candidates`; None for the first of them.
     """
     call = SimpleNamespace(scale=scale, causal=causal, window=window)
     tensors = (q, k, v, dout, lse, delta, dq, dk, dv)
-    for kind, made, sizes in (("dkdv", _Dkdv, dkdv), ("dq", _Dq, dq_)):
-        m, n, stages = sizes or _SPACE[kind][q.shape[3]][0]
-        made(*tensors, call, Config(m, n, 4, stages, True, "gluon"))(*tensors, call)
+    d = q.shape[3]
+    plan_dkdv(*tensors, call, dkdv_config or _configs("dkdv", d)[0])(*tensors, call)
+    plan_dq(*tensors, call, dq_config or _configs("dq", d)[0])(*tensors, call)
 
 
 @cache
@@ -723,6 +747,8 @@ def supports(q, k, v, *, causal: bool, window: int | None) -> str | None:
     try:
         if _MISSING:
             return f"this Triton has no Gluon for Hopper ({_MISSING})"
+        if not isinstance(rows_kernel, triton.JITFunction):
+            return "Triton's interpreter is on"
         if not q.is_cuda or not _hopper(q.device.index or 0):
             return "not a Hopper card"
         if q.dtype not in (torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
