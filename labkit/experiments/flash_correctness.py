@@ -100,9 +100,7 @@ def run(*, quick: bool, device: str | None = None, progress: Progress | None = N
     report = progress or (lambda done, total, what: None)
     result = Result()
     chosen = cases(quick)
-    _judge(result, chosen, report)
-    report(len(chosen), len(chosen) + 2, f"{REPEATS} repeats")
-    _repeat(result, 20 if quick else REPEATS)
+    _judge(result, chosen, 20 if quick else REPEATS, report)
     if not quick:
         report(len(chosen) + 1, len(chosen) + 2, "compute-sanitizer")
         _sanitize(result)
@@ -120,12 +118,15 @@ def _environment() -> dict[str, str]:
 # -- judged --------------------------------------------------------------------------------------
 
 
-def _work(share: list[Case]) -> list[dict[str, Any]]:
-    """One worker's share of the cases; what it did not get to is reported as failed."""
+def _work(share: list[Case], times: int = 0) -> list[dict[str, Any]]:
+    """One worker's share of the cases; what it did not get to is reported as failed.
+
+    ``times`` > 0: each case is repeated instead of judged.
+    """
     asked = json.dumps([case.to_dict() for case in share])
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "labkit.experiments._flash_worker"],
+            [sys.executable, "-m", "labkit.experiments._flash_worker", str(times)],
             input=asked, env=_environment(), capture_output=True, text=True,
             timeout=_WORKER_TIMEOUT_S, check=False,
         )  # fmt: skip
@@ -146,20 +147,24 @@ def _work(share: list[Case]) -> list[dict[str, Any]]:
     return rows
 
 
-def _judge(result: Result, chosen: list[Case], report: Progress) -> None:
-    workers = max(1, min(12, (os.cpu_count() or 2) - 2, len(chosen) // 4))
+def _judge(result: Result, chosen: list[Case], times: int, report: Progress) -> None:
+    workers = max(1, min(15, (os.cpu_count() or 2) - 1, len(chosen) // 2))
     # Neighbours are alike and compile the same kernels: deal them out by head_dim and mask.
     ordered = sorted(chosen, key=lambda c: (c.d, c.dv, c.dtype, c.causal, c.window is None))
     size = -(-len(ordered) // (3 * workers))
     shares = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     rows, done = [], 0
     with ThreadPoolExecutor(workers) as pool:
+        # Repeats first: they compile the slowest kernels, one process for each case.
+        repeats = [pool.submit(_work, [case], times) for case in repeated()]
         waiting = {pool.submit(_work, share): len(share) for share in shares}
         for future in as_completed(waiting):
             rows += future.result()
             done += waiting[future]
             report(done, len(chosen) + 2, f"{done} of {len(chosen)} cases against float64")
+        again = [row for future in repeats for row in future.result()]
     _sum_up(result, chosen, rows)
+    _repeats(result, again, times)
 
 
 def _sum_up(result: Result, chosen: list[Case], rows: list[dict[str, Any]]) -> None:
@@ -233,41 +238,16 @@ def _finite(value: Any) -> Any:
 # -- repeated ------------------------------------------------------------------------------------
 
 
-def _repeat(result: Result, times: int) -> None:
+def _repeats(result: Result, rows: list[dict[str, Any]], times: int) -> None:
     """Every road of some cases, again and again: each output must be the first one, to the bit."""
-    import torch
-
-    from labkit.experiments._flash_cases import make
-    from labkit.experiments._flash_worker import attend, roads
-
-    before = os.environ.get("LABKIT_TUNE")
-    os.environ["LABKIT_TUNE"] = "0"
-    unequal = done = 0
-    try:
-        for case in repeated():
-            tensors = make(case, "cuda")
-            for road in roads(*tensors, case):
-                try:
-                    first = attend(*tensors, case, road)
-                    differ = 0
-                    for _ in range(times):
-                        again = attend(*tensors, case, road)
-                        differ += any(not torch.equal(again[n], first[n]) for n in first)
-                except Exception as error:
-                    result.notes.append(f"not repeated: {case}, {road}: {error}")
-                    continue
-                row = {"kind": "repeats", "case": str(case), "road": road, "times": times}
-                result.rows.append({**row, "unequal": differ})
-                unequal, done = unequal + differ, done + 1
-    finally:
-        if before is None:
-            del os.environ["LABKIT_TUNE"]
-        else:
-            os.environ["LABKIT_TUNE"] = before
-    how = f"forward and backward of {done} cases and roads, each {times} times on the same inputs"
-    result.add("repeats", times, "1", how)
-    result.add("repeats_cases", done, "1", how)
-    result.add("repeats_unequal", unequal, "1", f"runs with a bit that differs: {how}")
+    done = [row for row in rows if "failed" not in row]
+    result.notes += [f"not repeated: {r['case']}: {r['failed']}" for r in rows if "failed" in r]
+    result.rows += done
+    what = f"forward and backward of {len(done)} cases and roads, each {times} times on one input"
+    result.add("repeats", times, "1", what)
+    result.add("repeats_cases", len(done), "1", what)
+    unequal = sum(row["unequal"] for row in done)
+    result.add("repeats_unequal", unequal, "1", f"runs with a bit that differs: {what}")
 
 
 # -- watched -------------------------------------------------------------------------------------
