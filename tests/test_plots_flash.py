@@ -20,6 +20,7 @@ def gpu() -> Result:
                 row = {"part": "steps", "name": name, "head_dim": d, "seq_len": n}
                 result.rows.append(row | {"causal": False, "rate": (place + 1) * 1e14 + d + n})
     result.rows.append({"part": "ceiling", "load": "sustained", "rate": 7e14})
+    result.rows.append({"part": "ceiling", "load": "burst", "rate": 8e14})
     return result
 
 
@@ -45,16 +46,16 @@ def test_steps_are_bars_and_others_are_lines(gpu):
     for ax, d in ((left, 64), (right, 128)):
         assert [bar.get_width() for bar in ax.patches] == [1e14 + d + 4096, 2e14 + d + 4096]
         lines = [line.get_xdata()[0] for line in ax.lines]
-        assert lines == [4e14 + d + 4096, 5e14 + d + 4096, 7e14]
+        assert lines == [4e14 + d + 4096, 5e14 + d + 4096, 8e14]
     assert [label.get_text() for label in left.get_yticklabels()] == ["1 correct", "2 exp2"]
 
 
 def test_rates_join_the_lengths_of_each_implementation(gpu):
     left, right = axes_of(plots.flash_rates(gpu))
-    assert len(left.lines) == 5 and len(right.lines) == 5  # four implementations, the ceiling
+    assert len(left.lines) == 6 and len(right.lines) == 6  # four implementations, two ceilings
     ours = left.lines[0]
     assert list(ours.get_xdata()) == [1024, 4096]
-    assert left.get_ylim() == right.get_ylim() and left.get_ylim()[1] > 7e14
+    assert left.get_ylim() == right.get_ylim() and left.get_ylim()[1] > 8e14
 
 
 @pytest.mark.parametrize("draw", [lambda r: plots.flash_steps(r, seq_len=77), plots.flash_rates])
