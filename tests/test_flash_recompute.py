@@ -257,3 +257,18 @@ def test_bad_input_is_named(change, names):
         with pytest.raises(ArgumentError) as raised:
             form(**given)
         assert raised.value.argument == names
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factor", [1, 8])
+def test_lse_does_not_drift_with_the_number_of_blocks(factor):
+    """A rescaling factor of 1 + δ for each block that leaves the maximum would add up in LSE."""
+    from labkit.flash import flash_attention
+
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 8192, 64, generator=g, device="cuda") for _ in range(3))
+    _, lse = flash_attention(q * factor, k, v, return_lse=True)
+    exact = torch.logsumexp((q * factor).double() @ k.double().mT * 64**-0.5, -1)
+    plain = torch.logsumexp((q * factor) @ k.mT * 64**-0.5, -1)
+    error, allowed = ((x.double() - exact).pow(2).mean().sqrt() for x in (lse, plain))
+    assert error <= 3 * allowed

@@ -36,11 +36,13 @@ def rescale_and_exponentiate(s, m, l, o, c, MASKED: tl.constexpr):
     with 0 in its place P and α come out as 0.
     """
     m_new = tl.maximum(m, tl.max(s, 1))
-    cm = c * m_new
+    finite = m_new
     if MASKED:
-        cm = tl.where(m_new == float("-inf"), 0.0, cm)
-    p = tl.exp2(s * c - cm[:, None])
-    alpha = tl.exp2(m * c - cm)
+        finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s * c - (c * finite)[:, None])
+    # The difference first: c·m − c·m' becomes one multiply-add, which rounds only one of its two
+    # products.  Where the maximum stays, α would be off from 1 in the same direction each time.
+    alpha = tl.exp2((m - finite) * c)
     l = l * alpha + tl.sum(p, 1)
     return p, m_new, l, o * alpha[:, None]
 
