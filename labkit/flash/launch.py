@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -367,6 +367,9 @@ def _plan_forward(q, k, v, o, lse, call: Call, config: Config | None, splits: in
         config = _packed_config(problem, rows) if pack else tuning.choose(
             problem, flops, lambda c: _ready(make(c), q, k, v, o, lse, call)
         )  # fmt: skip
+
+    if pack:  # whoever asked for another road: the rows of a group are not one box of memory
+        config = replace(config, descriptors=False, by_hand="")
 
     def split(c: Config):
         if c.by_hand:
