@@ -104,6 +104,14 @@ def test_sweep_and_price_run_at_tiny_sizes():
     assert made.value("sweep.labkit.vs_flash.least") == pytest.approx(flash / ours)
 
 
+def test_order_is_asked_for_in_earnest_and_only_inside():
+    def look():
+        strict = not torch.is_deterministic_algorithms_warn_only_enabled()
+        return torch.are_deterministic_algorithms_enabled() and strict
+
+    assert experiment._in_order(look)() and not look()
+
+
 def test_a_failing_part_costs_its_rows_alone(monkeypatch):
     def broken(*args):
         raise RuntimeError("no such kernel")

@@ -809,16 +809,24 @@ def _repeats(result: Result, plan: dict[str, Any], device: str) -> None:
 
 
 def _in_order(fn: Callable[[], Any]) -> Callable[[], Any]:
-    """``fn`` with torch's deterministic algorithms switched on while it runs."""
+    """``fn`` with torch's deterministic algorithms switched on while it runs.
+
+    Not with ``warn_only``: then the flash backend warns and stays as it is.  And without filling
+    new tensors with NaN, which that switch does besides.
+    """
     import torch
+    import torch.utils.deterministic as filling
 
     def run():
         kept = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        filled = filling.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True)
+        filling.fill_uninitialized_memory = False
         try:
             return fn()
         finally:
             torch.use_deterministic_algorithms(kept)
+            filling.fill_uninitialized_memory = filled
 
     return run
 
