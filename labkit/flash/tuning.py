@@ -295,9 +295,10 @@ def _load(path: Path) -> None:
 def _save(path: Path, key: str, config: Config, times: dict[str, float]) -> None:
     with contextlib.suppress(OSError):  # a read-only home: the choice lasts for this process
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = {}
+        kept: dict = {}
         with contextlib.suppress(OSError, ValueError):
-            kept = json.loads(path.read_text("utf-8"))
+            there = json.loads(path.read_text("utf-8"))
+            kept = there if isinstance(there, dict) else {}
         kept[key] = {"config": asdict(config), "ms": times}
         draft = path.with_suffix(f".{os.getpid()}")
         draft.write_text(json.dumps(kept, indent=1, sort_keys=True), "utf-8")
