@@ -5,7 +5,7 @@
 rule.  What autograd saves is q, k, v, o and one LSE tensor.
 
 Going through the dispatcher costs some 30 µs of host time a call, as much as a short sequence
-takes on the GPU.  When nobody listens (:func:`nobody_listens`), :class:`Flash` launches directly.
+takes on the GPU.  When nobody listens (:func:`nobody_listens`), ``Flash`` launches directly.
 
 Taught in chapter 09 (the backward kernels).
 """

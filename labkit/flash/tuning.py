@@ -69,7 +69,7 @@ class Problem:
 
     Attributes
     ----------
-    kind : one of :data:`KINDS`.
+    kind : one of ``KINDS``.
     dtype : ``"float16"``, ``"bfloat16"`` or ``"float32"``.
     precision : ``"ieee"`` or ``"tf32"``; matters for float32.
     head_dim, head_dim_v : d and dv.

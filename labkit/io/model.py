@@ -130,7 +130,7 @@ def attention_traffic(order: str) -> dict[tuple[str, str], Form]:
 
     Parameters
     ----------
-    order : one of :data:`ORDERS`: ``"naive"`` is ``labkit.kernels.naive_in_kernels``, the
+    order : one of ``ORDERS``: ``"naive"`` is ``labkit.kernels.naive_in_kernels``, the
         others are orders of ``labkit.kernels.tiled_attention``.
 
     Returns
@@ -252,8 +252,8 @@ def law(seq_len: int, head_dim: int, fast: int) -> float:
     r"""What exact attention must move, up to a constant factor, in elements.
 
     :math:`Nd + N^2 d^2/M_{\text{fast}}` for :math:`M_{\text{fast}} \ge d^2`, where tiles of
-    whole rows are best, and :math:`Nd + N^2 d/\sqrt{M_{\text{fast}}}` below, where a tile of
-    whole rows would be smaller than the fast memory allows (Saha & Ye, 2024).  The two meet at
+    whole rows are best, and :math:`Nd + N^2 d/\sqrt{M_{\text{fast}}}` below, where tiles of
+    parts of rows are better (Saha & Ye, 2024).  The two meet at
     :math:`d^2`.
     """
     n, d = check_positive_int("seq_len", seq_len), check_positive_int("head_dim", head_dim)
