@@ -434,19 +434,19 @@ def _run(*command: str, cwd: Path | None = None) -> str | None:
 def _commit() -> tuple[str, bool | None]:
     """The commit that runs and whether the tree differs from it.
 
-    Records are left out of the comparison: the first one that `make record`
-    writes would mark all later ones as dirty.  A copy without git says its
-    commit in ``$LABKIT_COMMIT``, with ``-dirty`` appended if it differs.
+    ``$LABKIT_COMMIT``, with ``-dirty`` appended if the tree differs, overrules git: a copy on
+    another machine may have no git, or one that stands at an older commit.  Records are left out
+    of the comparison: the first one that `make record` writes would mark all later ones as dirty.
     """
+    told = os.environ.get("LABKIT_COMMIT", "").strip()
+    if told:
+        return told.removesuffix("-dirty"), told.endswith("-dirty")
     if root := _checkout():
         commit = _run("git", "rev-parse", "HEAD", cwd=root)
         top = _run("git", "rev-parse", "--show-toplevel", cwd=root)
         if commit and top and Path(top).resolve() == root:
             changed = _run("git", "status", "--porcelain", "--", ".", ":!records", cwd=root)
             return commit, None if changed is None else bool(changed)
-    told = os.environ.get("LABKIT_COMMIT", "").strip()
-    if told:
-        return told.removesuffix("-dirty"), told.endswith("-dirty")
     return "unknown", None
 
 

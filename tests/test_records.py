@@ -95,6 +95,11 @@ def test_without_git_the_commit_is_the_one_told_or_unknown(monkeypatch):
     assert records._commit() == ("abc123", True)
 
 
+def test_a_commit_that_is_told_overrides_the_one_that_git_finds(monkeypatch):
+    monkeypatch.setenv("LABKIT_COMMIT", "abc123")
+    assert records._commit() == ("abc123", False)
+
+
 def test_numpy_numbers_are_stored_as_plain_numbers(tmp_path):
     np = pytest.importorskip("numpy")
     results = {"x": {"value": np.float32(0.5), "unit": "s", "how": "by hand"}}

@@ -6,7 +6,7 @@ of its rows as
 .. math::
     m'     &= \max(m,\ \mathrm{rowmax}(S)) \\
     P      &= 2^{\,c S - c m'} \\
-    \alpha &= 2^{\,c m - c m'} \\
+    \alpha &= 2^{\,c (m - m')} \\
     l'     &= \alpha\, l + \mathrm{rowsum}(P) \\
     O'     &= \alpha\, O + P V .
 
