@@ -137,7 +137,7 @@ def q_outer_kernel(
         S = tl.where(n[None, :] < n_k, S, float("-inf"))
         larger = tl.maximum(largest, tl.max(S, 1))
         P = tl.exp(S - larger[:, None])
-        # What was summed against the old maximum is too large by this factor.
+        # This factor turns what was summed against the old maximum into a sum against the new one.
         correction = tl.exp(largest - larger)
         total = total * correction + tl.sum(P, 1)
         v_tile = v + n[:, None] * DV + cv[None, :]

@@ -53,8 +53,9 @@ def running_state(
     )
     return (
         "Two panels over the number of scores read. Above: scores as points, and their running "
-        "maximum m as a staircase. Below: ℓ, which climbs with each score and falls wherever "
-        f"the staircase has a step. Vertical lines mark the {len(records)} steps."
+        "maximum m as a staircase. Below: ℓ, which climbs with each score under the "
+        "staircase; where the staircase has a high step it falls. Vertical lines mark the "
+        f"{len(records)} steps."
     )
 
 

@@ -24,7 +24,7 @@ _ORDER_NAMES = {
 }
 
 
-@figure(width=7.6, height=3.0, cols=3)
+@figure(width=7.6, height=3.3, cols=3)
 def loop_orders(axes: Any) -> str:
     """S as a grid of tiles, and the order in which each algorithm makes them."""
     from matplotlib.patches import Rectangle
@@ -192,8 +192,8 @@ def traffic_law(axes: Any, result: Any) -> str:
         "Three panels with logarithmic axes: counted bytes against sequence length, head_dim and "
         "fast memory. The loads of K and V rise with slope two in length and in head_dim and fall "
         "with slope minus one in fast memory. All bytes of the fused kernel are a little flatter; "
-        "naive rises with slope two in length and hardly with head_dim. The fitted exponent stands "
-        "beside each series."
+        "naive rises with slope two in length and less than one in head_dim. The fitted exponent "
+        "stands beside each series."
     )
 
 
@@ -242,7 +242,7 @@ def traffic(
     measured = f" Points, measured: {'; '.join(found)}." if found else ""
     return (
         f"Bytes moved against sequence length, both axes logarithmic. Lines: {'; '.join(lines)}. "
-        "Those of naive and of the re-reads have slope two, the compulsory one slope one."
+        "The last one has slope one, the others slope two."
     ).replace("\n", " ") + measured
 
 
@@ -285,5 +285,5 @@ def tile_traffic(
     return (
         "Bytes of the fused kernel against the rows of its tile, both axes logarithmic: the closed "
         f"form falls by a factor of {falls} over the range, towards the line of the compulsory "
-        "traffic." + (" Squares: measured, close to the line." if measured else "")
+        "traffic." + (" Squares: measured, falling as the line does." if measured else "")
     )
