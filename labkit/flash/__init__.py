@@ -1,21 +1,24 @@
 """FlashAttention in Triton: attention that never writes S and P, forward and backward.
 
-===================  ===============================================================  =======
-file                 holds                                                            chapter
-===================  ===============================================================  =======
-``masking.py``       which scores exist, and which tiles need to ask                  08
-``softmax.py``       one step of the online softmax                                   08
-``tiles.py``         how rows come from memory and go back                            08
-``forward.py``       the forward kernel, and the merge of split keys                  08
-``backward.py``      the kernels of delta, dK/dV and dQ                               09
-``tuning.py``        which tile sizes, chosen once and kept                           08
-``launch.py``        from tensors to a grid of programs                               08
-``ops.py``           torch operators: autograd, FakeTensor, FLOPs                     09
-``api.py``           the public functions and their checks                            08
-``steps/``           the forward kernel as it grows, step by step                     08
-``recompute.py``     the backward pass by tiles in plain PyTorch                      09
-``resources.py``     registers, spills and shared memory, read without a GPU          08
-===================  ===============================================================  =======
+======================  ===============================================================  =======
+file                    holds                                                            chapter
+======================  ===============================================================  =======
+``masking.py``          which scores exist, and which tiles need to ask                  08
+``softmax.py``          one step of the online softmax                                   08
+``tiles.py``            how rows come from memory and go back                            08
+``forward.py``          the forward kernel, and the merge of split keys                  08
+``hopper.py``           the forward kernel by hand for Hopper, in Gluon                  08
+``backward.py``         the kernels of delta, dK/dV and dQ                               09
+``hopper_backward.py``  the kernels of dK/dV and dQ by hand for Hopper, in Gluon         09
+``one_pass.py``         the backward pass with atomic additions, to be compared          09
+``tuning.py``           which tile sizes, chosen once and kept                           08
+``launch.py``           from tensors to a grid of programs                               08
+``ops.py``              torch operators: autograd, FakeTensor, FLOPs                     09
+``api.py``              the public functions and their checks                            08
+``steps/``              the forward kernel as it grows, step by step                     08
+``recompute.py``        the backward pass by tiles in plain PyTorch                      09
+``resources.py``        registers, spills and shared memory, read without a GPU          08
+======================  ===============================================================  =======
 
 Importing this package loads neither torch nor Triton; the first use of a name does.
 Taught in chapters 08 (the forward kernel) and 09 (the backward kernels).

@@ -59,7 +59,7 @@ def flash_attention(
     precision : str
         how float32 is multiplied.  ``"ieee"`` (default): in float32, on the CUDA cores.
         ``"tf32x3"``: on the tensor cores, each factor as the sum of two TF32 numbers, three of
-        the four products kept; 21 bits of each factor, several times faster, and what SDPA's
+        the four products kept; 22 bits of each factor, several times faster, and what SDPA's
         float32 kernel does.  ``"tf32"``: 10 bits of each factor's mantissa.  Has no meaning for
         half precision, whose products are exact.
 

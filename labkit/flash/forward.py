@@ -6,7 +6,8 @@ r"""The forward kernel: O and LSE of one tile of queries, with S and P in regist
 
 A program owns ``BLOCK_M`` queries of one head.  It loads them once, walks along the keys in tiles
 of ``BLOCK_N``, and keeps (m, l, O) of each row (``softmax.py``).  What it writes is O and one LSE
-per row.  Per pass of the keys it reads K and V once, so with T = Nq / BLOCK_M tiles of queries
+per row.  Per pass of the keys it reads K and V once, so for one head without a mask, with
+T = Nq / BLOCK_M tiles of queries
 
 .. math:: \text{bytes} = N_q (d + d_v)\,e + 4 N_q + T\, N_k (d + d_v)\, e ,
 

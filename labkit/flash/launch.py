@@ -37,7 +37,7 @@ __all__ = ["Call", "backward", "forward", "like"]
 LOG2E = math.log2(math.e)
 #: making descriptors takes the host longer than a problem of fewer FLOPs takes the GPU
 _WORTH_A_DESCRIPTOR = 4e9
-#: a stride of 0 would divide nothing; the copy engine wants multiples of this many bytes
+#: the copy engine wants addresses and strides in multiples of this many bytes
 _TMA_ALIGN = 16
 
 
@@ -211,7 +211,10 @@ def _fitted(make: Callable[[Config], Any], config: Config, *arguments):
 
 
 def _section(call: Call, x: torch.Tensor, y: torch.Tensor, share: int = 1) -> int:
-    """Heads whose tiles run together: as many as have their streamed tensors in half of L2."""
+    """Heads whose tiles run together: 1, or under a causal mask what half of L2 has room for.
+
+    ``x`` and ``y`` are what a program streams; ``share`` heads read the same.
+    """
     if not call.causal:
         return 1
     each = max(call.max_k, call.max_q) * (x.shape[3] + y.shape[3]) * x.element_size()

@@ -56,7 +56,8 @@ __all__ = [
     "table",
 ]
 
-#: what can be compiled: the steps of chapter 08 and the production kernels
+#: what can be compiled: the steps of chapter 08, and Triton's forward and backward kernels (not
+#: those written by hand for Hopper)
 KERNELS = ("v1", "v2", "v3", "v4", "forward", "dkdv", "dq")
 
 #: architecture → compute capability; the limits of each stand in ``labkit.hardware``

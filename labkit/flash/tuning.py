@@ -1,9 +1,9 @@
 """Tuning: which tile sizes, how many warps, how deep a pipeline; chosen once, kept on disk.
 
-A configuration is five numbers.  The space of them is small, and most of it can be ruled out on
-paper: tiles must fit the shared memory that one block of the card may have
-(:func:`shared_bytes`), and the accumulators must fit its registers (:func:`registers`).  What
-fails either is never launched.
+A configuration is four numbers and two choices: copy engine or pointers, and Triton's kernel or
+the one written by hand.  The space of them is small, and most of it can be ruled out on paper:
+tiles must fit the shared memory that one block of the card may have (:func:`shared_bytes`), and
+the accumulators must fit its registers (:func:`registers`).  What fails either is never launched.
 
 What is left is timed on the real inputs, the first time that a card meets a problem of a kind
 (pass, dtype, head_dim, mask, and size to the next power of two), and the winner is kept in a JSON
@@ -71,13 +71,15 @@ class Problem:
     ----------
     kind : one of ``KINDS``.
     dtype : ``"float16"``, ``"bfloat16"`` or ``"float32"``.
-    precision : ``"ieee"`` or ``"tf32"``; matters for float32.
+    precision : ``"ieee"``, ``"tf32x3"`` or ``"tf32"``; matters for float32.
     head_dim, head_dim_v : d and dv.
     rows, cols : Nq and Nk (the longest, for varlen).
-    heads : programs per tile: batch × query heads (dK/dV: × KV heads).
+    heads : programs per tile: batch × query heads (× KV heads for dK/dV, and where the heads of
+        a group share a tile).
     causal, windowed : the mask.
-    descriptors : whether the tensors can be described to the copy engine at all.
-    by_hand : why the hand-written Hopper kernel cannot run; None when it can.
+    descriptors : whether to use the copy engine: the card has one, the tensors can be described
+        to it, and the problem is worth the time that describing takes the host.
+    by_hand : why the hand-written Hopper kernel cannot or should not run; None when it can.
     arch : compute capability as ten times major plus minor: 90 for Hopper.
     shared_limit : shared memory that one block may have, bytes.
     sms : multiprocessors.
@@ -179,7 +181,12 @@ _GRID_FP32 = {
 
 
 def space(problem: Problem) -> list[Config]:
-    """The configurations worth timing for this problem, all of which the card can launch."""
+    """The configurations worth timing for this problem.
+
+    Those of the hand-written kernel first, if it can run, and then only the first few of Triton's.
+    Of Triton's, those are left out that by estimate exceed the card's shared memory or registers,
+    or have a tile longer than the sequence.  Never empty: without any, :func:`default`.
+    """
     found = _by_hand(problem)
     rows = _pow2(problem.rows if problem.kind != "dkdv" else problem.cols)
     grid = _GRID if problem.itemsize == 2 else _GRID_FP32
@@ -207,7 +214,13 @@ def _by_hand(problem: Problem) -> list[Config]:
 
 
 def default(problem: Problem) -> Config:
-    """A good configuration by rule: the largest tiles that fit shared memory and registers."""
+    """A good configuration by rule, without a GPU.
+
+    The hand-written kernel's first one, if it can run.  Else the first of a list, large tiles
+    before small ones, that fits shared memory and registers; where there are fewer tiles of 128
+    rows than multiprocessors, of those with 64 rows or fewer.  If none fits, the last of the list
+    with one stage.
+    """
     if problem.arch < 70:  # the interpreter: small tiles keep it quick and every mask used
         return Config(32, 32, 4, 1)
     if by_hand := _by_hand(problem):

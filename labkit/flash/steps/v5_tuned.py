@@ -3,7 +3,8 @@ r"""Step 5, tuned: the production kernel, its tiles chosen by trying them on the
 The loop is step 4's, in the general form of ``labkit/flash/forward.py``.  New is who decides
 about tiles, warps, stages, and whether the copy engine or pointers fetch them:
 ``labkit/flash/tuning.py`` leaves out what exceeds the card's shared memory or registers, times
-the rest once, and keeps the winner on disk.
+the rest once, and keeps the winner on disk.  Small problems, and all with ``LABKIT_TUNE=0``, take
+the choice by rule.
 
 Guards against: a choice made by hand on one card.  The largest tiles that fit are not the
 fastest: two programs of 4 warps on one SM let one's products run under the other's exponentials.
