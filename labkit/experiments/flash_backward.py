@@ -1,6 +1,6 @@
 r"""To keep P or to compute it again: memory, time, error and order of attention's backward pass.
 
-Six parts, each of which may be missing from a result with the reason among its notes:
+Seven parts, each of which may be missing from a result with the reason among its notes:
 
 ``ways``
     one layer with P saved (naive attention), checkpointed (``torch.utils.checkpoint`` over it),
@@ -9,8 +9,8 @@ Six parts, each of which may be missing from a result with the reason among its 
 ``sweep``
     the backward pass of ``labkit.flash`` beside torch's flash and cuDNN backends, in turns, and
     the same kernels as plain Triton where the card has hand-written ones.  The rate counts five
-    products, 2.5 times the forward pass, whatever a kernel computes: the convention of every
-    published figure.  :math:`\text{FLOP} = 2.5 \cdot 4 B H N^2 d`, half of it if causal.
+    products, 2.5 times the forward pass, whatever a kernel computes: the convention of published
+    figures.  :math:`\text{FLOP} = 2.5 \cdot 4 B H N^2 d`, half of it if causal.
 ``split``
     the time of each kernel of one backward pass, by torch.profiler.
 ``tiles``
@@ -18,8 +18,8 @@ Six parts, each of which may be missing from a result with the reason among its 
     (``labkit/flash/one_pass.py``), each with several tiles: what two passes cost.
 ``price``
     what it costs to write and read P once, and to compute it again: bytes over the bandwidth
-    of memory, and the forward kernel with a head_dim_v of 16, which is S and its exponential
-    and little else.
+    of memory, and the forward kernel with a head_dim_v of 16: S, its exponential, and a product
+    that is 16/head_dim of the one of S.
 ``error``
     gradients against float64, by dtype: plain attention, torch's backends, ``labkit.flash``;
     float32 also with one and with three TF32 products; with logits of normal size and eight
@@ -447,7 +447,7 @@ def _backwards(q, k, v, dout, causal: bool, notes: list[str]) -> dict[str, Calla
 
 
 def _flops(batch: int, heads: int, n: int, head_dim: int, causal: bool) -> float:
-    """Five products, half of the pairs if causal: what every published rate counts."""
+    """Five products, half of the pairs if causal: what published rates count."""
     return 2.5 * 4 * batch * heads * n * n * head_dim * (0.5 if causal else 1)
 
 

@@ -19,8 +19,8 @@ has.  Three kinds of warps share a block:
 - One **producer** warp asks the copy engine (TMA) for tiles and does nothing else.  It may have
   24 registers; what it gives up goes to the others.
 - Two **consumer** warpgroups of four warps, 240 registers each.  Each owns 64 rows of the tile
-  that stays.  They never wait for each other: while one is in its exponentials the other has
-  the tensor cores.
+  that stays.  They meet nowhere but in the ring of buffers, whose tiles are replaced when both
+  are done: while one is in its exponentials the other can have the tensor cores.
 
 They speak through *barriers* in shared memory.  A ``full`` barrier flips when the bytes of a tile
 have landed, an ``empty`` one when both consumers are done with it.  A barrier has one bit, its
