@@ -18,8 +18,8 @@ Seven parts, each of which may be missing from a result with the reason among it
     (``labkit/flash/one_pass.py``), each with several tiles: what two passes cost.
 ``price``
     what it costs to write and read P once, and to compute it again: bytes over the bandwidth
-    of memory, and the forward kernel with a head_dim_v of 16: S, its exponential, and a product
-    that is 16/head_dim of the one of S.
+    of memory, and the forward kernel with a head_dim_v of 16.  Where that is the kernel by hand,
+    it pads V to the width of K and multiplies in full: an upper bound of S and its exponential.
 ``error``
     gradients against float64, by dtype: plain attention, torch's backends, ``labkit.flash``;
     float32 also with one and with three TF32 products; with logits of normal size and eight
