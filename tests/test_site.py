@@ -158,10 +158,36 @@ def _ready(page) -> None:
     page.evaluate("() => document.fonts.ready.then(() => true)")
 
 
+def _one_form_for_each_theme_and_the_light_one_on_paper(tab) -> None:
+    """Each figure shows the form for the theme, and print is dark ink on bare paper."""
+    shown = """() => ['only-light', 'only-dark'].map(c =>
+                 [...document.querySelectorAll(`article img.${c}`)]
+                   .filter(i => getComputedStyle(i).display != 'none').length)"""
+    in_all = tab.evaluate("() => document.querySelectorAll('article img.only-light').length")
+    for theme in ("light", "dark"):  # one load for both: the page follows the system's wish
+        tab.emulate_media(media="screen", color_scheme=theme)
+        tab.wait_for_function(
+            "theme => document.documentElement.dataset.theme == theme", arg=theme, timeout=5000
+        )
+        assert tab.evaluate(shown) == ([in_all, 0] if theme == "light" else [0, in_all])
+        tab.emulate_media(media="print", color_scheme=theme)
+        assert tab.evaluate(shown) == [in_all, 0]
+        ink, paper = tab.evaluate(
+            """() => { const style = getComputedStyle(document.querySelector('article p'));
+                 const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
+                 return [numbers(style.color), numbers(style.backgroundColor)]; }"""
+        )
+        assert max(ink[:3]) < 90, "text on paper is dark"
+        assert len(paper) == 4 and paper[3] == 0, "and has no ground of its own"
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("page", PAGES)
-def test_page_draws_by_itself(page, site, open_page):
-    """No request to another host, no script error (both by ``open_page``), nothing missing."""
+def test_page_draws_by_itself_in_each_theme_and_on_paper(page, site, open_page):
+    """No request to another host, no script error (both by ``open_page``), nothing missing.
+
+    One load for all of it: opening a page is what takes the time.
+    """
     tab = open_page(viewport={"width": 1280, "height": 900})
     missing: list[str] = []
     tab.on("response", lambda r: missing.append(r.url) if r.status >= 400 else None)
@@ -181,6 +207,7 @@ def test_page_draws_by_itself(page, site, open_page):
              return images.filter(i => !i.naturalWidth).map(i => i.src);
            }""")
     assert empty == []
+    _one_form_for_each_theme_and_the_light_one_on_paper(tab)
 
 
 @pytest.mark.browser
@@ -201,31 +228,6 @@ def test_page_fits_a_phone(page, site, open_page):
            }""")
     assert wide == []
     assert tab.evaluate("() => document.documentElement.scrollWidth") <= PHONE["width"] + 1
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("page", PAGES)
-def test_each_figure_shows_one_form_for_the_theme_and_the_light_one_on_paper(
-    page, theme, site, open_page
-):
-    tab = open_page(viewport={"width": 1280, "height": 900}, color_scheme=theme)
-    tab.goto(f"{site}/{page}.html")
-    shown = """() => ['only-light', 'only-dark'].map(c =>
-                 [...document.querySelectorAll(`article img.${c}`)]
-                   .filter(i => getComputedStyle(i).display != 'none').length)"""
-    in_all = tab.evaluate("() => document.querySelectorAll('article img.only-light').length")
-    assert tab.evaluate("() => document.documentElement.dataset.theme") == theme
-    assert tab.evaluate(shown) == ([in_all, 0] if theme == "light" else [0, in_all])
-    tab.emulate_media(media="print")
-    assert tab.evaluate(shown) == [in_all, 0]
-    ink, paper = tab.evaluate(
-        """() => { const style = getComputedStyle(document.querySelector('article p'));
-             const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
-             return [numbers(style.color), numbers(style.backgroundColor)]; }"""
-    )
-    assert max(ink[:3]) < 90, "text on paper is dark"
-    assert len(paper) == 4 and paper[3] == 0, "and has no ground of its own"
 
 
 @pytest.mark.browser
