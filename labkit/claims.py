@@ -237,12 +237,12 @@ _CLAIMS = (
     ),
     Claim(
         "C11",
-        "Flash attention reads and writes O(N²d/M) elements of HBM, M being the size of SRAM, keeps "
-        "O(N) instead of O(N²), and is 2 to 4 times faster.",
+        "Flash attention reads and writes O(N²d/M) elements of HBM, M being the size of SRAM, "
+        "keeps O(N) instead of O(N²), and is 2 to 4 times faster.",
         "refuted",
         "The bound is Θ(N²d²/M), and standard attention's is Θ(Nd + N²): at M = Nd the claimed "
-        "one would be less than reading Q once. Memory does fall from O(N²) to O(N); the speed-up of "
-        "2 to 4 depends on the baseline.",
+        "one would be less than reading Q once. Memory does fall from O(N²) to O(N); the "
+        "speed-up of 2 to 4 depends on the baseline.",
         "06",
         ("04", "07", "08", "09"),
     ),
