@@ -204,7 +204,7 @@ def _face(q, k, v, asked: tuple) -> tuple:
 
 
 def _remembered(q, k, v, asked: tuple) -> tuple | None:
-    """What a call just like this one was checked to mean; checking again takes the host 10 µs."""
+    """What a call just like this one was checked to mean: a short call is mostly host time."""
     if torch.compiler.is_compiling():
         return None
     try:

@@ -4,8 +4,8 @@
 ``torch.compile``, tracing without data), FLOP formulas (``FlopCounterMode``) and an autograd
 rule.  What autograd saves is q, k, v, o and one LSE tensor.
 
-Going through the dispatcher costs some 30 µs of host time a call, as much as a short sequence
-takes on the GPU.  When nobody listens (:func:`nobody_listens`), ``Flash`` launches directly.
+Going through the dispatcher takes the host about as long as a short sequence takes the GPU.  When
+nobody listens (:func:`nobody_listens`), ``Flash`` launches directly.
 
 Taught in chapter 09 (the backward kernels).
 """
