@@ -6,7 +6,7 @@ needs on first use.  Modules import downwards only:
     errors, units, dtypes, shapes, closed_form
       → hardware, memory, roofline          models of memory and hardware
       → naive, online_softmax               reference attention
-      → kernels, io, flash                  Triton
+      → kernels, io, flash, nsa             Triton
       → timing, records, experiments        measurement
       → plots, explorers, widgets           figures
       → claims, exercises, doctor, __main__ what readers call
@@ -20,8 +20,8 @@ __version__ = "0.1.0"
 
 _SUBMODULES = frozenset({
     "claims", "closed_form", "doctor", "dtypes", "errors", "exercises", "experiments",
-    "explorers", "flash", "hardware", "io", "kernels", "memory", "naive", "online_softmax", "plots",
-    "records", "roofline", "shapes", "timing", "units", "widgets",
+    "explorers", "flash", "hardware", "io", "kernels", "memory", "naive", "nsa", "online_softmax",
+    "plots", "records", "roofline", "shapes", "timing", "units", "widgets",
 })  # fmt: skip
 
 __all__ = ["__version__", *sorted(_SUBMODULES)]

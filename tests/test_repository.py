@@ -52,6 +52,7 @@ LAYERS = (
     {"naive", "online_softmax"},
     {"kernels"},
     {"io", "flash"},
+    {"nsa"},
     {"timing", "records", "experiments"},
     {"plots", "explorers", "widgets"},
     {"claims", "exercises", "doctor", "__main__"},
