@@ -1,0 +1,341 @@
+r"""Who chose what: unions of neighbours, and the lists turned around.
+
+Each query names the blocks it reads.  A kernel wants one of two other views of the same choice:
+
+:func:`unions`
+    the blocks that any of a few neighbouring queries chose, and which of them did.  A program that
+    owns these queries brings each block in once for all of them.
+:func:`by_block`
+    for each block the queries that chose it, in order.  A program that owns a block gathers their
+    rows.  A block may be everybody's choice (the first one is), so its list is cut into parts of
+    equal size (:func:`parts`), a number that is bounded before anything has run.
+
+A choice counts when its block exists and does not begin after the query's own position; −1, a
+block that is out of range, and a block that the query already named do not.  Everything is made
+on the device by sorting, without atomics and without waiting for the host: the lists are the
+same each time, and what is made from them in their order is too.
+
+Taught in chapter 13 (the kernels of sparse attention).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from labkit.kernels.runtime import backend
+from labkit.nsa.call import Call
+
+__all__ = ["block_rows", "by_block", "find_sequence", "parts", "unions"]
+
+_UNUSED = tl.constexpr(2**31 - 1)
+
+
+def block_rows(call: Call, n_k: int) -> int:
+    """Rows of a table with one row per block: blocks of a sequence, or of all with varlen.
+
+    How many blocks the sequences have together is known on the device only; the host takes the
+    most that ``n_k`` keys can have.
+    """
+    return call.blocks if call.cu is None else n_k // call.block_size + call.sequences
+
+
+# -- which sequence ----------------------------------------------------------------------------
+
+
+@triton.jit
+def find_sequence(cu, x, sequences, STEPS: tl.constexpr):
+    """The sequence that element ``x`` lies in, by halving; empty sequences hold none.
+
+    ``cu`` is ``[sequences + 1]``, ascending from 0; 2^STEPS ≥ sequences.
+    """
+    lo, hi = x * 0, x * 0 + sequences  # cu[lo] ≤ x < cu[hi]
+    for _ in tl.static_range(STEPS):
+        middle = (lo + hi) // 2
+        right = tl.load(cu + middle) <= x
+        lo, hi = tl.where(right, middle, lo), tl.where(right, hi, middle)
+    return lo
+
+
+def steps_for(call: Call) -> int:
+    """How often :func:`find_sequence` halves."""
+    return 0 if call.cu is None else max(1, (call.sequences - 1).bit_length())
+
+
+# -- unions of neighbours ------------------------------------------------------------------------
+
+
+@triton.jit
+def _ascending(x, at, LOG: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Each row of ``x`` sorted; ``at`` numbers its columns.
+
+    The interpreter walks the reductions inside ``tl.sort`` one element at a time.  There the same
+    network (Batcher's bitonic sort) is written out.
+    """
+    if INTERPRETED:
+        for level in tl.static_range(1, LOG + 1):
+            for step in tl.static_range(level):
+                distance = 2 ** (level - 1 - step)
+                other = tl.gather(x, at ^ distance, 1)
+                keep_small = ((at & distance) == 0) == ((at & (2**level)) == 0)
+                x = tl.where(keep_small, tl.minimum(x, other), tl.maximum(x, other))
+    else:
+        x = tl.sort(x, dim=1)
+    return x
+
+
+@triton.jit
+def unions_kernel(
+    chosen, blocks, members, counts, cu,
+    stride_cb, stride_cm, stride_ch, stride_cs,
+    heads, Nq, offset, per_sequence, total, slots, cap,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, LOG: tl.constexpr, TILES: tl.constexpr,
+    VARLEN: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Unions of ``TILES`` tiles of ``TILE`` queries each.
+
+    A key is block · TILE + (query within the tile): sorted, the choices of a block stand together.
+    """
+    WIDTH: tl.constexpr = 2**LOG
+    x = tl.program_id(0) * TILES + tl.arange(0, TILES)  # [batch, head, tile], flat
+    there = x < total
+    head = x // per_sequence % heads  # varlen: [head, sequence × tile]; else [batch, head, tile]
+    tile = x % per_sequence
+    batch = (x // (per_sequence * heads)).to(tl.int64)
+    n, start, own = tl.full([TILES], Nq, tl.int32), tl.zeros([TILES], tl.int64), offset
+    if VARLEN:
+        each = tl.cdiv(Nq, TILE)  # Nq: of the longest sequence
+        sequence, tile = tile // each, tile % each
+        start = tl.load(cu + sequence, there, 0).to(tl.int64)
+        n = (tl.load(cu + sequence + 1, there, 0) - start).to(tl.int32)
+
+    # -- keys ------------------------------------------------------------------------------------
+    e = tl.arange(0, WIDTH)
+    which, slot = e // slots, e % slots
+    i = tile[:, None] * TILE + which[None, :]  # query of its sequence
+    there = there[:, None] & (which < TILE)[None, :] & (i < n[:, None])
+    at = batch * stride_cb + start * stride_cm + head.to(tl.int64) * stride_ch
+    at = at[:, None] + i.to(tl.int64) * stride_cm + (slot * stride_cs)[None, :]
+    block = tl.load(chosen + at, there, -1).to(tl.int32)
+    counts_here = (block >= 0) & (block <= (i + own) // BLOCK)
+    key = tl.where(counts_here, block * TILE + which[None, :], _UNUSED)
+    at = tl.broadcast_to(e[None, :], TILES, WIDTH)
+    key = _ascending(key, at, LOG, INTERPRETED)
+
+    # -- the last choice of each block collects the members --------------------------------------
+    block = tl.where(key == _UNUSED, _UNUSED, key // TILE)
+    bits = tl.where(key == _UNUSED, 0, 1 << (key % TILE))
+    for level in tl.static_range(LOG):
+        before = tl.maximum(at - 2**level, 0)
+        same = tl.gather(block, before, 1) == block  # ascending: so are all between
+        bits |= tl.where(same, tl.gather(bits, before, 1), 0)
+    following = tl.gather(block, tl.minimum(at + 1, WIDTH - 1), 1)
+    last = (block != _UNUSED) & ((block != following) | (at == WIDTH - 1))
+    place = tl.cumsum(last.to(tl.int32), 1) - 1
+    count = tl.sum(last.to(tl.int32), 1)
+
+    x = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    row = x.to(tl.int64)[:, None] * cap
+    inside = (x < total)[:, None]
+    tl.store(blocks + row + place, block, mask=inside & last)
+    tl.store(members + row + place, bits, mask=inside & last)
+    rest = inside & (at >= count[:, None]) & (at < cap)
+    tl.store(blocks + row + at, tl.full([TILES, WIDTH], -1, tl.int32), mask=rest)
+    tl.store(members + row + at, tl.zeros([TILES, WIDTH], tl.int32), mask=rest)
+    tl.store(counts + x, count, mask=x < total)
+
+
+def unions(
+    block_indices: torch.Tensor, tile: int, call: Call, n_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What any of ``tile`` neighbouring queries chose.
+
+    Parameters
+    ----------
+    block_indices : ``[B, M, H, S]`` int32 or int64, −1 for an unused slot.
+    tile : queries that share a program: a power of two, at most 32.
+    n_k : keys in all.
+
+    Returns
+    -------
+    blocks : ``[B, H, tiles, cap]`` int32, ascending, the rest −1; cap = min(tile · S, blocks of
+        the longest sequence).
+    members : ``[B, H, tiles, cap]`` int32, bit i set when query tile · x + i chose the block.
+    counts : ``[B, H, tiles]`` int32.
+
+    Notes
+    -----
+    With varlen a tile never holds queries of two sequences: tiles are ``[sequence, tile]``, as
+    many for each sequence as the longest has.
+    """
+    b, _, h, s = block_indices.shape
+    each = -(-call.max_q // tile)
+    tiles = each * (call.sequences or 1)
+    cap = max(1, min(tile * s, call.blocks))
+    shape = (b, h, tiles)
+    new = block_indices.new_empty
+    blocks, members = (new((*shape, cap), dtype=torch.int32) for _ in range(2))
+    counts = new(shape, dtype=torch.int32)
+    total = counts.numel()
+    if total == 0 or s == 0:
+        return blocks.fill_(-1), members.zero_(), counts.zero_()
+    log = max(1, (tile * s - 1).bit_length())
+    interpreted = backend() == "interpreter"
+    together = 32 if interpreted else 1
+    unions_kernel[(triton.cdiv(total, together),)](
+        block_indices, blocks, members, counts, call.cu, *block_indices.stride(),
+        h, call.max_q, call.offset, tiles, total, s, cap,
+        BLOCK=call.block_size, TILE=tile, LOG=log, TILES=together,
+        VARLEN=call.cu is not None, INTERPRETED=interpreted,
+        num_warps=min(8, max(1, 2**log // 256)),
+    )  # fmt: skip
+    return blocks, members, counts
+
+
+# -- the lists turned around -----------------------------------------------------------------------
+
+
+@triton.jit
+def keys_kernel(
+    chosen, keys, cu, cu_blocks, stride_cb, stride_cm, stride_ch, stride_cs,
+    heads, Nq, offset, slots, chunk, chunks, rows, shift, total,
+    BLOCK: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    VARLEN: tl.constexpr, STEPS: tl.constexpr, SEQUENCES: tl.constexpr,
+):  # fmt: skip
+    """(list · (rows + 1) + block) of each choice; row ``rows`` takes those that do not count."""
+    x = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [batch, head, chunk, query]
+    i, bh = (x % (chunk * chunks)).to(tl.int32), x // (chunk * chunks)
+    there = (x < total) & (i < Nq)
+    slot = tl.arange(0, SLOTS)
+    at = bh // heads * stride_cb + bh % heads * stride_ch + i.to(tl.int64) * stride_cm
+    at = at[:, None] + (slot * stride_cs)[None, :]
+    inside = there[:, None] & (slot < slots)[None, :]
+    block = tl.load(chosen + at, inside, -1).to(tl.int32)
+    position, first = i + offset, tl.zeros([ROWS], tl.int32)
+    if VARLEN:
+        sequence = find_sequence(cu, i, SEQUENCES, STEPS)
+        position = i - tl.load(cu + sequence).to(tl.int32)
+        first = tl.load(cu_blocks + sequence).to(tl.int32)
+    fine = inside & (block >= 0) & (block <= (position // BLOCK)[:, None])
+    for other in range(slots):  # named before, in a slot further to the left
+        named = tl.load(chosen + (bh // heads * stride_cb + bh % heads * stride_ch
+                                  + i.to(tl.int64) * stride_cm) + other * stride_cs,
+                        there, -1).to(tl.int32)  # fmt: skip
+        fine &= (slot <= other)[None, :] | (block != named[:, None])
+    list_ = x // chunk
+    key = list_[:, None] * (rows + 1) + tl.where(fine, block + first[:, None], rows)
+    tl.store(keys + x[:, None] * slots + slot[None, :], key - shift,
+             mask=(x < total)[:, None] & (slot < slots)[None, :])  # fmt: skip
+
+
+@triton.jit
+def order_kernel(
+    keys, places, order, slots, each, rows, shift, total, chunk, chunks,
+    QUERIES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """From places in the sorted list to queries (or slots): −1 for choices that do not count."""
+    x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = x < total
+    key = tl.load(keys + x, there, 0).to(tl.int64) + shift
+    place = tl.load(places + x, there, 0)
+    chosen = place % each + (place // each % chunks) * each  # query · S + slot, of its sequence
+    out = chosen // slots if QUERIES else chosen
+    tl.store(order + x, tl.where(key % (rows + 1) == rows, -1, out).to(tl.int32), mask=there)
+
+
+def by_block(
+    block_indices: torch.Tensor,
+    call: Call,
+    n_k: int,
+    *,
+    chunk: int | None = None,
+    slots: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each block the queries that chose it, ascending.
+
+    Parameters
+    ----------
+    block_indices : ``[B, M, H, S]`` int32 or int64, −1 for an unused slot.
+    n_k : keys in all.
+    chunk : cut the queries into ranges of this many, with lists of their own; None: one range.
+    slots : give query · S + slot in place of the query's number.
+
+    Returns
+    -------
+    order : ``[B, H, M · S]`` int32, list after list; the tail of unused slots holds −1.  With
+        ``chunk``: ``[B, H, chunks, chunk · S]``.
+    starts : ``[B, H, blocks + 1]`` int32: block c's list is ``order[starts[c]:starts[c + 1]]``.
+        With ``chunk``: ``[B, H, chunks, blocks + 1]``.
+
+    Notes
+    -----
+    A stable sort by block leaves queries of one block in order.  Keys that fit are kept in 16
+    bits: a radix sort passes over them half as often.  With varlen block c of sequence s stands
+    in row ``cu_blocks[s] + c``.
+    """
+    b, m, h, s = block_indices.shape
+    rows = block_rows(call, n_k)
+    length = chunk or m
+    chunks = max(1, -(-m // max(1, length)))
+    lists, each = b * h * chunks, length * s
+    new, device = block_indices.new_empty, block_indices.device
+    order = new((b, h, chunks, each), dtype=torch.int32)
+    starts = new((b, h, chunks, rows + 1), dtype=torch.int32)
+    total = order.numel()
+    if total == 0:
+        starts.zero_()
+    else:
+        highest = lists * (rows + 1)
+        dtype, shift = torch.int64, 0
+        if highest <= 2**16:
+            dtype, shift = torch.int16, 2**15
+        elif highest < 2**31:
+            dtype = torch.int32
+        keys = new((total,), dtype=dtype)
+        wide = triton.next_power_of_2(s)
+        tall = max(1, min(4096 if backend() == "interpreter" else 1024, 2**16) // wide)
+        keys_kernel[(triton.cdiv(total // s, tall),)](
+            block_indices, keys, call.cu, call.cu_blocks, *block_indices.stride(),
+            h, m, 0 if call.cu is not None else call.offset, s, length, chunks, rows, shift,
+            total // s, BLOCK=call.block_size, SLOTS=wide, ROWS=tall,
+            VARLEN=call.cu is not None, STEPS=steps_for(call), SEQUENCES=call.sequences or 1,
+            num_warps=4,
+        )  # fmt: skip
+        keys, places = torch.sort(keys, stable=True)
+        order_kernel[(triton.cdiv(total, 1024),)](
+            keys, places, order, s, each, rows, shift, total, length, chunks,
+            QUERIES=not slots, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+        first = torch.arange(lists, device=device, dtype=torch.int64)[:, None] * (rows + 1)
+        wanted = first + torch.arange(rows + 1, device=device) - shift
+        starts = torch.searchsorted(keys, wanted.to(dtype), out_int32=True)
+        begin = torch.arange(lists, device=device, dtype=torch.int32)[:, None] * each
+        starts = (starts - begin).view(b, h, chunks, rows + 1)
+    if chunk is None:
+        return order.view(b, h, each), starts.view(b, h, rows + 1)
+    return order, starts
+
+
+def parts(starts: torch.Tensor, size: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut every list into parts of at most ``size``; which block each part belongs to.
+
+    Parameters
+    ----------
+    starts : ``[…, blocks + 1]`` int32, from :func:`by_block`.
+    size : entries of a part.
+    most : entries of all lists together, at most.
+
+    Returns
+    -------
+    owner : ``[…, most // size + blocks]`` int32: the block of each part; ``blocks`` where there is
+        no such part.
+    first : ``[…, blocks + 1]`` int32: the number of a block's first part.
+    """
+    rows = starts.shape[-1] - 1
+    first = torch.zeros_like(starts)
+    torch.cumsum((starts.diff(dim=-1) + (size - 1)) // size, -1, out=first[..., 1:])
+    numbers = torch.arange(most // size + rows, device=starts.device, dtype=torch.int32)
+    numbers = numbers.expand(*starts.shape[:-1], -1).contiguous()
+    owner = torch.searchsorted(first[..., 1:].contiguous(), numbers, right=True, out_int32=True)
+    return owner, first
