@@ -1,18 +1,27 @@
 """Interactive figures that need no kernel: they run in the static page.
 
-Used in chapters 01 (``scores_buffer``), 02 (``what_grows``), 04 (``roofline``) and 07
-(``tile_stepper``).  ``core.py`` holds the object, ``model.py`` and ``scene.py`` compute and
-draw it in Python, ``runtime.js`` does both in the browser.  ``stepper.py`` runs an algorithm
-when the figure is made, and ``stepper.js`` shows its states.  Loads neither torch nor Triton;
-``tile_stepper`` loads torch when it is called.
+Used in chapters 01 (``scores_buffer``), 02 (``what_grows``), 04 (``roofline``), 07
+(``tile_stepper``) and 12 (``nsa_reads``).  ``core.py`` holds the object, ``model.py`` and
+``scene.py`` compute and draw it in Python, ``runtime.js`` does both in the browser.
+``stepper.py`` runs an algorithm when the figure is made, and ``stepper.js`` shows its states.
+Loads neither torch nor Triton; ``tile_stepper`` loads torch when it is called.
 """
 
 from __future__ import annotations
 
 from labkit.explorers.core import Explorer
 from labkit.explorers.grows import what_grows
+from labkit.explorers.nsa_reads import nsa_reads
 from labkit.explorers.roofline import roofline
 from labkit.explorers.scores import scores_buffer
 from labkit.explorers.stepper import Stepper, tile_stepper
 
-__all__ = ["Explorer", "Stepper", "roofline", "scores_buffer", "tile_stepper", "what_grows"]
+__all__ = [
+    "Explorer",
+    "Stepper",
+    "nsa_reads",
+    "roofline",
+    "scores_buffer",
+    "tile_stepper",
+    "what_grows",
+]

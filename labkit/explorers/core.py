@@ -151,7 +151,8 @@ class Explorer:
             check_choice("control", name, state)
             control = next(c for c in self.spec["controls"] if c["name"] == name)
             if control["kind"] == "size":
-                state[name] = check_positive_int(control["label"], value)
+                none = control["min"] == 0 and value == 0 and value is not False
+                state[name] = 0 if none else check_positive_int(control["label"], value)
             elif control["kind"] == "choice":
                 state[name] = check_choice(name, value, [o["value"] for o in control["options"]])
             else:

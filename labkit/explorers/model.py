@@ -15,6 +15,7 @@ An expression is
 - ``["longest", which, size, limit]``: the largest integer ``size`` at which the
   form is still ≤ ``limit`` (0 if it never is), exact,
 - ``["+", a, b, …]``, and likewise ``* min max``; ``["-", a, b]``, ``["/", a, b]``;
+  ``["//", a, b]``, the quotient rounded down;
   ``["<", a, b]``, ``["<=", a, b]`` and ``["==", a, b]`` give 1 or 0,
 - ``["if", condition, a, b]``; ``["case", control, {value: …}]`` by the value of
   a control.
@@ -159,6 +160,8 @@ class Model:
             return values[0] - values[1]
         if op == "/":
             return values[0] / values[1]
+        if op == "//":
+            return float(math.floor(values[0] / values[1]))
         if op in ("min", "max"):
             return min(values) if op == "min" else max(values)
         compare = {"<": float.__lt__, "<=": float.__le__, "==": float.__eq__}

@@ -116,6 +116,7 @@ function makeModel(state, sizes) {
       case "*": return v.reduce((a, b) => a * b);
       case "-": return v[0] - v[1];
       case "/": return v[0] / v[1];
+      case "//": return Math.floor(v[0] / v[1]);
       case "min": return Math.min(...v);
       case "max": return Math.max(...v);
       case "<": return truth(v[0] < v[1]);
@@ -241,7 +242,59 @@ const marks = {
     ];
   },
 };
+const gcd = (a, b) => (b ? gcd(b, a % b) : a);
+const spans = {
+  comb(m, bar, unit) {
+    let start = m.value(bar.start);
+    const step = m.value(bar.step), end = m.value(bar.end), out = [];
+    if (end <= start) return [];
+    if (step * unit < 4) return [[start, (end - start) * unit]];
+    for (; start < end; start += step) out.push([start, Math.min(step, end - start) * unit - 1]);
+    return out;
+  },
+  scatter(m, bar, unit) {
+    const [first, candidates, chosen, step, seed] =
+      ["first", "candidates", "chosen", "step", "seed"].map(name => m.value(bar[name]));
+    if (candidates < 1) return [];
+    let stride = Math.max(1, Math.floor(0.618 * candidates));
+    while (gcd(stride, candidates) !== 1) stride += 1;
+    const gap = step * unit >= 4 ? 1 : 0, out = [];
+    for (let i = 0; i < chosen; i += 1) {
+      out.push([(first + (i * stride + seed) % candidates) * step, step * unit - gap]);
+    }
+    return out;
+  },
+};
 const figures = {
+  reads(m, figure, layout) {
+    const box = spec.layouts[layout], font = box.font, left = 2, right = box.w - 2;
+    const unit = (right - left) / m.value(figure.keys), tall = font * 1.5;
+    const position = left + (m.value(figure.query) + 0.5) * unit;
+    const early = position < left + (right - left) * 0.6;
+    const shapes = [["text", position + (early ? 6 : -6), font * 1.1, m.text(figure.label), "value",
+      early ? "start" : "end"]];
+    let y = font * 1.5;
+    for (const lane of figure.lanes) {
+      shapes.push(["text", left, y + font * 1.3, m.text(lane.label), "name", "start"]);
+      shapes.push(["text", right, y + font * 1.3, m.text(lane.note), "tick", "end"]);
+      y += font * 1.7;
+      for (const bar of lane.bars) {
+        for (const [start, width] of spans[bar.bar](m, bar, unit)) {
+          shapes.push(["rect", left + start * unit, y, Math.max(width, 1.5), tall, "bar " + bar.style]);
+        }
+      }
+      shapes.push(["path", path([[position, y - 3], [position, y + tall]]), "cursor"]);
+      y += tall;
+      shapes.push(["path", path([[left, y], [right, y]]), "axis"]);
+      y += font * 0.4;
+    }
+    shapes.push(["path", path([[position, font * 0.2], [position, font * 1.5]]), "cursor"]);
+    for (const [name, share, anchor] of figure.ticks) {
+      if (anchor === "middle" && layout === "narrow" && share !== 0.5) continue;
+      shapes.push(["text", left + share * (right - left), y + font * 1.1, m.text(name), "tick", anchor]);
+    }
+    return shapes;
+  },
   loglog(m, figure, layout) {
     const box = spec.layouts[layout], font = box.font;
     const left = box.l, right = box.w - box.r, top = box.t, bottom = box.h - box.b;

@@ -292,10 +292,86 @@ def _draw_doubling(model: Model, figure: dict[str, Any], layout: str) -> list[tu
     return shapes
 
 
+def _draw_reads(model: Model, figure: dict[str, Any], layout: str) -> list[tuple]:
+    # A sequence from left to right, once per lane: what each lane's method reads of it.
+    box = LAYOUTS[layout]
+    font, left, right = box["font"], 2, box["w"] - 2
+    unit = (right - left) / model(figure["keys"])
+    tall = font * 1.5
+    y = font * 1.5
+    position = left + (model(figure["query"]) + 0.5) * unit
+    early = position < left + (right - left) * 0.6
+    shapes: list[tuple] = [
+        (
+            "text",
+            position + (6 if early else -6),
+            font * 1.1,
+            model.text(figure["label"]),
+            "value",
+            "start" if early else "end",
+        )
+    ]
+    for lane in figure["lanes"]:
+        shapes.append(("text", left, y + font * 1.3, model.text(lane["label"]), "name", "start"))
+        shapes.append(("text", right, y + font * 1.3, model.text(lane["note"]), "tick", "end"))
+        y += font * 1.7
+        for bar in lane["bars"]:
+            for start, width in _SPANS[bar["bar"]](model, bar, unit):
+                shapes.append(
+                    ("rect", left + start * unit, y, max(width, 1.5), tall, "bar " + bar["style"])
+                )
+        # beside the bar only: no line strikes a name through
+        shapes.append(("path", _path([(position, y - 3), (position, y + tall)]), "cursor"))
+        y += tall
+        shapes.append(("path", _path([(left, y), (right, y)]), "axis"))
+        y += font * 0.4
+    shapes.append(("path", _path([(position, font * 0.2), (position, font * 1.5)]), "cursor"))
+    for name, share, anchor in figure["ticks"]:
+        if anchor == "middle" and layout == "narrow" and share != 0.5:
+            continue
+        x = left + share * (right - left)
+        shapes.append(("text", x, y + font * 1.1, model.text(name), "tick", anchor))
+    return shapes
+
+
+def _comb(model: Model, bar: dict[str, Any], unit: float) -> list[tuple[float, float]]:
+    # blocks side by side, parted where there is room for a gap; the last one may be cut
+    start, step, end = (model(bar[name]) for name in ("start", "step", "end"))
+    if end <= start:
+        return []
+    if step * unit < 4:
+        return [(start, (end - start) * unit)]
+    spans = []
+    while start < end:
+        spans.append((start, (min(step, end - start)) * unit - 1))
+        start += step
+    return spans
+
+
+def _scatter(model: Model, bar: dict[str, Any], unit: float) -> list[tuple[float, float]]:
+    # ``chosen`` different ones of ``candidates`` blocks: steps of the golden ratio, which meet
+    # no block twice because the step has no divisor in common with the number of blocks
+    names = ("first", "candidates", "chosen", "step", "seed")
+    first, candidates, chosen, step, seed = (int(model(bar[name])) for name in names)
+    if candidates < 1:
+        return []
+    stride = max(1, math.floor(0.618 * candidates))
+    while math.gcd(stride, candidates) != 1:
+        stride += 1
+    gap = 1 if step * unit >= 4 else 0
+    return [
+        ((first + (i * stride + seed) % candidates) * step, step * unit - gap)
+        for i in range(chosen)
+    ]
+
+
+_SPANS = {"comb": _comb, "scatter": _scatter}
+
+
 def draw(model: Model, layout: str) -> list[tuple]:
     """The shapes of the figure of ``model.spec`` in ``layout`` (``"wide"`` or ``"narrow"``)."""
     figure = model.spec["figure"]
-    kinds = {"loglog": _draw_loglog, "doubling": _draw_doubling}
+    kinds = {"loglog": _draw_loglog, "doubling": _draw_doubling, "reads": _draw_reads}
     return kinds[figure["kind"]](model, figure, layout)
 
 
