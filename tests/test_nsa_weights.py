@@ -346,12 +346,46 @@ def test_dictionaries_that_lack_something_say_what():
         total_attention_weights({"gating_weights": {}}, q, k)
     with pytest.raises(ArgumentError, match="block_size"):
         total_attention_weights({**weights, "options": None}, q, k)
+    gates = weights["gating_weights"]
+    missing = {name: gate for name, gate in gates.items() if name != "g_slc"}
     with pytest.raises(ArgumentError, match="g_slc"):
-        total_attention_weights({**weights, "gating_weights": {
-            **weights["gating_weights"], "g_slc": None}}, q, k)  # fmt: skip
+        total_attention_weights({**weights, "gating_weights": missing}, q, k)
     no_blocks = {"lse": weights["selection"]["lse"]}
     with pytest.raises(ArgumentError, match="no block_indices"):
         total_attention_weights({**weights, "selection": no_blocks}, q, k)
+
+
+def test_a_branch_that_is_off_is_left_out():
+    q, k, v, blocks = problem()
+    _, weights = returned(q, k, v, blocks)
+    gates = weights["gating_weights"]
+    whole = total_attention_weights(weights, q, k)
+    window = compute_attention_weights_from_lse(
+        weights["sliding_window"]["lse"], q, k, window_size=5
+    )
+    weights["gating_weights"] = {**gates, "g_swa": None}  # the LSE may be there all the same
+    two = total_attention_weights(weights, q, k)
+    assert torch.allclose(two + gates["g_swa"].transpose(1, 2)[..., None] * window, whole)
+    assert set(validate_attention_weights(weights, q, k)) == set(BRANCHES)
+
+
+def test_options_and_keys_of_another_compression_are_taken_from_the_mapping():
+    q, k, v, blocks = problem()
+    share = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    out, lse = oracle(
+        q, k, v, blocks, size=8, window=1, length=4, stride=2, share=share
+    )["compression"]  # fmt: skip
+    weights = {
+        "compression": {"lse": lse, "spread": share},
+        "gating_weights": {"g_cmp": torch.ones(1, 19, 4)},
+        "options": {"block_size": 8, "length": 4, "stride": 2},
+    }
+    report = validate_attention_weights(weights, q, k, v, out=out)
+    assert report["output"]["relative_error"] < 1e-12
+    means = k.unfold(1, 4, 2).mean(-1) + 1e-3  # keys of some other pooling: not those of the LSE
+    weights["compression"]["k_cmp"] = means
+    with pytest.raises(ArgumentError, match="do not sum"):
+        validate_attention_weights(weights, q, k)
 
 
 def test_summary_counts_what_was_read():

@@ -175,7 +175,9 @@ def total_attention_weights(
     Parameters
     ----------
     attn_weights : mapping
-        what ``nsa_func(..., return_attn_weights=True)`` returned.
+        what ``nsa_func(..., return_attn_weights=True)`` returned: for each branch its ``lse``,
+        and ``block_indices`` or ``window_size``; ``gating_weights``; ``options``.  Compressed
+        keys that are not means stand beside their LSE as ``k_cmp``, and ``spread`` too.
     q, k : torch.Tensor
         the inputs of that call.
     block_size, window_size, scale, cu_seqlens
@@ -197,9 +199,7 @@ def total_attention_weights(
     """
     options = options_of(attn_weights, block_size, window_size, scale, cu_seqlens)
     problem = problem_of(q, k, options["scale"], options["cu_seqlens"], heads, rows)
-    parts = []
-    for name, branch in branches_of(problem, attn_weights, options, block_counts):
-        parts.append((branch, gate_of(attn_weights, name, problem)))
+    parts = gated(problem, attn_weights, branches_of(problem, attn_weights, options, block_counts))
     if not parts:
         raise ArgumentError(
             "attn_weights", sorted(attn_weights), "holds no branch.",
@@ -527,7 +527,10 @@ def options_of(attn_weights, block_size, window_size, scale, cu_seqlens) -> dict
         "scale": (scale, held.get("scale")),
         "cu_seqlens": (cu_seqlens, held.get("cu_seqlens")),
     }
-    return {name: stored if asked is None else asked for name, (asked, stored) in given.items()}
+    kept = {name: held.get(name) for name in ("length", "stride", "precision")}
+    return kept | {
+        name: stored if asked is None else asked for name, (asked, stored) in given.items()
+    }
 
 
 def branches_of(problem, attn_weights, options, block_counts) -> Iterator[tuple[str, Branch]]:
@@ -544,9 +547,13 @@ def branches_of(problem, attn_weights, options, block_counts) -> Iterator[tuple[
                 "Pass the one of the call that made them.",
             )  # fmt: skip
         how: dict[str, Any] = {"block_size": options["block_size"]}
-        if name == "sliding_window":
+        if name == "compression":
+            how = {"block_size": options["length"] or options["block_size"]}
+            how |= {"stride": options["stride"]}
+            how |= {what: entry.get(what) for what in ("k_cmp", "spread")}
+        elif name == "sliding_window":
             how["window_size"] = options["window_size"]
-        if name == "selection":
+        else:
             if entry.get("block_indices") is None:
                 raise ArgumentError(
                     "attn_weights['selection']", sorted(entry), "has no block_indices.",
@@ -556,14 +563,24 @@ def branches_of(problem, attn_weights, options, block_counts) -> Iterator[tuple[
         yield name, _branch(problem, lse, argument=f"attn_weights[{name!r}]['lse']", **how)
 
 
-def gate_of(attn_weights, name: str, problem: Problem) -> torch.Tensor:
+def gate_of(attn_weights, name: str, problem: Problem) -> torch.Tensor | None:
+    """The branch's gate ``[B, M, HQ]``; None of a branch whose gate is None, which is off."""
     key = _GATES[name]
-    gate = (attn_weights.get("gating_weights") or {}).get(key)
+    gates = attn_weights.get("gating_weights") or {}
+    gate = gates.get(key)
+    if gate is None and key in gates:
+        return None
     want = tuple(problem.q.shape[:3])
     if not isinstance(gate, torch.Tensor) or tuple(gate.shape) != want:
         shown = tuple(gate.shape) if isinstance(gate, torch.Tensor) else gate
         raise ArgumentError(
             f"attn_weights['gating_weights'][{key!r}]", shown, f"is no gate of the {name} branch.",
-            f"It should be [B, M, HQ] = {want}.",
+            f"It should be [B, M, HQ] = {want}, or None for a branch that is off.",
         )  # fmt: skip
     return gate
+
+
+def gated(problem: Problem, attn_weights, found) -> list[tuple[Branch, torch.Tensor]]:
+    """Branches with their gates; a branch that is off is left out."""
+    parts = [(branch, gate_of(attn_weights, name, problem)) for name, branch in found]
+    return [(branch, gate) for branch, gate in parts if gate is not None]

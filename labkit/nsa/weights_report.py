@@ -27,7 +27,7 @@ from labkit.nsa.weights import (
     Problem,
     branches_of,
     full_float32,
-    gate_of,
+    gated,
     heads_of_groups,
     options_of,
     problem_of,
@@ -146,7 +146,7 @@ def validate_attention_weights(
         as for :func:`total_attention_weights`.
     tolerance : float
         how far a row's sum may be from 1.  By default what float32 scores of this size, summed
-        in two orders, may differ by; give 1e-2 for LSEs of TF32 products.
+        in two orders, may differ by (TF32 products, if ``options`` say so).
 
     Returns
     -------
@@ -173,7 +173,7 @@ def validate_attention_weights(
     report: dict[str, dict[str, float]] = {}
     for name, branch in found:
         lse = attn_weights[name]["lse"]
-        allowed = _tolerance(problem, name) if tolerance is None else tolerance
+        allowed = _tolerance(problem, name, options) if tolerance is None else tolerance
         argument = f"attn_weights[{name!r}]['lse']"
         _check_numbers(lse, argument)
         sums = _row_sums(problem, branch)
@@ -192,8 +192,9 @@ def validate_attention_weights(
             "largest_sum_error": worst, "tolerance": allowed,
         }  # fmt: skip
     if out is not None:
-        parts = [(branch, gate_of(attn_weights, name, problem)) for name, branch in found]
-        report["output"] = {"relative_error": _output_error(problem, parts, v, out)}
+        parts = gated(problem, attn_weights, found)
+        allowed = max([x["tolerance"] for x in report.values()], default=0.0)
+        report["output"] = {"relative_error": _output_error(problem, parts, v, out, allowed)}
     return report
 
 
@@ -207,12 +208,13 @@ def _check_numbers(lse: torch.Tensor, argument: str) -> None:
         )  # fmt: skip
 
 
-def _tolerance(problem: Problem, name: str) -> float:
+def _tolerance(problem: Problem, name: str, options: Mapping[str, Any]) -> float:
     """How far apart two float32 sums of D products may lie, with room for compressed keys."""
+    eps = 2.0**-10 if options.get("precision") == "tf32" else torch.finfo(torch.float32).eps
     q, k = problem.q, problem.k
     longest = [x.to(problem.dtype).norm(dim=-1).max().item() for x in (q, k)]
     size = 1 + problem.scale * longest[0] * longest[1]
-    allowed = 4 * math.sqrt(q.shape[3]) * torch.finfo(torch.float32).eps * size
+    allowed = 4 * math.sqrt(q.shape[3]) * eps * size
     if name == "compression" and k.dtype.itemsize < 4:
         # a mean may fall to either side of a rounding to k's dtype
         allowed += 4 * torch.finfo(k.dtype).eps * problem.scale * q.abs().max().item()
@@ -253,7 +255,7 @@ def _recognise(attn_weights, name, problem, options, block_counts, allowed) -> s
     )
 
 
-def _output_error(problem: Problem, parts, v, out) -> float:
+def _output_error(problem: Problem, parts, v, out, tolerance: float) -> float:
     """‖Σ gate · weights @ v − out‖ / ‖out‖; raises if that is more than out's dtype explains."""
     want = (*problem.q.shape[:3], v.shape[-1])
     if tuple(out.shape) != want or tuple(v.shape[:3]) != tuple(problem.k.shape[:3]):
@@ -273,7 +275,7 @@ def _output_error(problem: Problem, parts, v, out) -> float:
                     made = made + torch.einsum("bhrn,bnd->brhd", w, v[:, :, kv].to(w.dtype))
                 missed += (made - out[:, rows, heads]).double().square().sum().item()
     error = math.sqrt(missed) / max(out.double().norm().item(), 1e-30)
-    allowed = 8 * torch.finfo(out.dtype).eps + _tolerance(problem, "compression")
+    allowed = 8 * torch.finfo(out.dtype).eps + tolerance
     if not error <= allowed:
         raise ArgumentError(
             "out", f"relative error {error:.3g}", f"is not the weights' product with v, to within "
@@ -319,5 +321,6 @@ def _validate_tensor(w, problem: Problem, v, out, tolerance: float) -> dict[str,
         def whole(kv, heads, rows):
             return w[:, heads, rows].to(problem.dtype)
 
-        report["output"] = {"relative_error": _output_error(problem, [(whole, None)], v, out)}
+        error = _output_error(problem, [(whole, None)], v, out, tolerance)
+        report["output"] = {"relative_error": error}
     return report
