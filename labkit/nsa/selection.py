@@ -1,0 +1,387 @@
+r"""Attention to chosen blocks: the forward pass, and which road it takes.
+
+Query i of head h reads the tokens of the blocks that it (with the rest of its group) chose:
+
+.. math::
+    S_{ij} = q_i \cdot k_j, \qquad
+    j \in \bigcup_{c \in \text{chosen}(i)} [\,c\,l',\ (c + 1)\,l'\,), \quad j \le i,
+
+and from there on it is the online softmax of chapter 07.  Taken query by query, K and V of every
+choice travel from L2 to a multiprocessor once per query: that is what stops such a kernel, long
+before its products do.  Three roads read less:
+
+by queries (this file)
+    a program owns neighbouring queries with all heads of their group, and walks along the *union*
+    of their blocks (``lists.unions``).  Each block is brought in once for all of them; rows of
+    queries that did not choose it are masked.  What neighbours share is saved, what they do not
+    share is multiplied in vain.
+by keys (``by_keys.py``)
+    a program owns a block and gathers the rows that chose it.  No row is in vain and the group
+    may be 1, but every (query, choice) leaves a partial result in memory.
+by hand (``hopper.py``)
+    the union road in Gluon, sixteen queries to a program.
+
+The mask is one comparison per score: a row's limit is its own position inside the block, or −1 if
+its query did not choose the block.
+
+Taught in chapter 13 (the kernels of sparse attention).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.errors import OutOfResources
+
+from labkit.flash.launch import Launcher, _On, card
+from labkit.flash.softmax import finish, rescale_and_exponentiate
+from labkit.flash.tuning import Config
+from labkit.kernels.runtime import check_can_launch
+from labkit.nsa import lists
+from labkit.nsa.call import Call
+
+__all__ = ["by_queries", "by_queries_kernel", "forward"]
+
+LOG2E = math.log2(math.e)
+#: groups from this size on fill the rows of a tile with few queries, which share blocks
+_BY_QUERIES_FROM = 16
+#: below this many queries a launch more costs more than rows in vain
+_FEW = 1024
+
+
+# -- tiles that several kernels of this package share ------------------------------------------------
+
+
+@triton.jit
+def gather(x, row, head_dim, stride, there, BLOCK_D: tl.constexpr, D: tl.constexpr):
+    """Rows at 64-bit offsets ``row`` of ``x``: ``[rows, BLOCK_D]``, zeros where not ``there``."""
+    column = tl.arange(0, BLOCK_D)
+    inside = there[:, None]
+    if D != BLOCK_D:
+        inside = inside & (column < head_dim)[None, :]
+    return tl.load(x + row[:, None] + (column * stride)[None, :], inside, 0.0)
+
+
+@triton.jit
+def block_rows(
+    x, base, first, N, stride_n, stride_d,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Rows ``first … first + ROWS`` of one head, ``[ROWS, BLOCK_D]``; zeros from row N on."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    if WIDE:
+        row, column = row.to(tl.int64), column.to(tl.int64)
+    start = x + base + tl.cast(first, tl.int64) * stride_n
+    at = start + (row[:, None] * stride_n + column[None, :] * stride_d)
+    if TAIL:
+        inside = (first + row < N)[:, None]
+        if D != BLOCK_D:
+            inside = inside & (column < D)[None, :]
+        tile = tl.load(at, inside, 0.0)
+    elif D != BLOCK_D:
+        inside = tl.broadcast_to((column < D)[None, :], ROWS, BLOCK_D)
+        tile = tl.load(at, inside, 0.0)
+    else:
+        tile = tl.load(at)
+    return tile
+
+
+# -- by queries ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def by_queries_kernel(
+    q, k, v, o, lse, blocks, members, counts, cu,
+    stride_qb, stride_qn, stride_qh, stride_qd,
+    stride_kb, stride_kn, stride_kh, stride_kd,
+    stride_vb, stride_vn, stride_vh, stride_vd,
+    stride_ob, stride_on, stride_oh, stride_lb, stride_lh,
+    heads, Nq, Nk, tiles, each, offset, cap, c, scale,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, QUERIES: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PER: tl.constexpr, STEPS: tl.constexpr,
+    VARLEN: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """O and LSE of ``QUERIES`` queries, all heads of one group: along the union of their blocks.
+
+    A step takes ``BLOCK_N`` keys: one of the ``STEPS`` parts of a block, or ``PER`` blocks.
+    """
+    ROWS: tl.constexpr = QUERIES * PADDED
+    # Tiles of one head run together, so that its K and V stay in L2.
+    x = tl.program_id(0)  # [batch, head, tile]
+    tile, bh = x % tiles, x // tiles
+    batch, head = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    start = tl.cast(0, tl.int64)
+    if VARLEN:
+        sequence, tile = tile // each, tile % each
+        start = tl.load(cu + sequence).to(tl.int64)
+        Nk = (tl.load(cu + sequence + 1) - start).to(tl.int32)
+        Nq = Nk
+        if tile * QUERIES >= Nq:
+            return
+
+    # -- Q: once -----------------------------------------------------------------------------------
+    row = tl.arange(0, ROWS)
+    which, g = row // PADDED, row % PADDED
+    i = tile * QUERIES + which
+    there = (i < Nq) & (g < GROUP)
+    token, head_q = start + i, head * GROUP + g
+    at = batch * stride_qb + token * stride_qn + head_q * stride_qh
+    Q = gather(q, at, D, stride_qd, there, BLOCK_D, D)
+    position = i + offset
+
+    # -- K and V: once for all of them -----------------------------------------------------------
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    k_base = batch * stride_kb + start * stride_kn + head * stride_kh
+    v_base = batch * stride_vb + start * stride_vn + head * stride_vh
+    union = x.to(tl.int64) * cap
+    count = tl.load(counts + x)
+    j = tl.arange(0, BLOCK_N)
+    for n in tl.range(0, tl.cdiv(count, PER) * STEPS):
+        if PER > 1:
+            e = n * PER + j // BLOCK
+            block = tl.load(blocks + union + e, e < count, 0)
+            member = tl.load(members + union + e, e < count, 0)
+            key = block * BLOCK + j % BLOCK
+            seen = ((member[None, :] >> which[:, None]) & 1) != 0
+            seen = seen & (key[None, :] <= position[:, None])
+            exists = (key < Nk) & (e < count)
+            K = gather(k, k_base + key.to(tl.int64) * stride_kn, D, stride_kd, exists, BLOCK_D, D)
+        else:
+            block = tl.load(blocks + union + n // STEPS)
+            member = tl.load(members + union + n // STEPS)
+            first = block * BLOCK + n % STEPS * BLOCK_N
+            limit = tl.where(((member >> which) & 1) != 0, position - first, -1)
+            seen = j[None, :] <= limit[:, None]
+            if BLOCK % BLOCK_N != 0:
+                seen = seen & (j < BLOCK - n % STEPS * BLOCK_N)[None, :]
+            K = block_rows(k, k_base, first, Nk, stride_kn, stride_kd,
+                           BLOCK_N, D, BLOCK_D, TAIL, WIDE)  # fmt: skip
+        s = tl.dot(Q, K.T, input_precision=PRECISION)
+        s = tl.where(seen, s, float("-inf"))
+        p, m, l, acc = rescale_and_exponentiate(s, m, l, acc, c, True)
+        if PER > 1:
+            V = gather(v, v_base + key.to(tl.int64) * stride_vn, DV, stride_vd, exists,
+                       BLOCK_DV, DV)  # fmt: skip
+        else:
+            V = block_rows(v, v_base, first, Nk, stride_vn, stride_vd,
+                           BLOCK_N, DV, BLOCK_DV, TAIL, WIDE)  # fmt: skip
+        acc = tl.dot(p.to(V.dtype), V, acc, input_precision=PRECISION)
+
+    # -- O and LSE: once ---------------------------------------------------------------------------
+    out, lse_row = finish(m, l, acc, scale)
+    column = tl.arange(0, BLOCK_DV)
+    at = batch * stride_ob + token * stride_on + head_q * stride_oh
+    tl.store(o + at[:, None] + column[None, :], out.to(o.dtype.element_ty),
+             mask=there[:, None] & (column < DV)[None, :])  # fmt: skip
+    tl.store(lse + batch * stride_lb + head_q * stride_lh + token, lse_row, mask=there)
+
+
+# -- launching -------------------------------------------------------------------------------------
+
+_plans: dict[tuple, Any] = {}
+
+
+def remembered(key: tuple, configs: Sequence[Config], make: Callable[[Config], Any], *arguments):
+    """Run the plan of ``key``, made with the first of ``configs`` that the card has room for.
+
+    All that is decided depends on shapes, strides, dtypes and options, and on nothing in the
+    tensors: deciding again would cost a short sequence more than its kernel.
+    """
+    plan = _plans.get(key)
+    if plan is not None:
+        return plan(*arguments)
+    for config in configs:
+        plan = make(config)
+        try:
+            result = plan(*arguments)
+        except OutOfResources:
+            if config is configs[-1]:
+                raise
+        else:
+            if len(_plans) > 2000:  # shapes that never come back, as of ragged batches
+                _plans.clear()
+            _plans[key] = plan
+            return result
+    raise AssertionError("no configuration")
+
+
+def plan_key(call: Call, *tensors: torch.Tensor) -> tuple:
+    """What a plan depends on."""
+    parts = [call.scale, call.precision, call.block_size, call.max_q, call.max_k, call.sequences]
+    for x in tensors:
+        # Triton compiles for the alignment of each pointer.
+        parts += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
+    return tuple(parts)
+
+
+def width(x: torch.Tensor) -> int:
+    """Columns of a tile: head_dim rounded up to a power of two.
+
+    At least 64 in 16 bits: see ``labkit.flash.launch`` about narrow right factors on Hopper.
+    """
+    return max(16 if x.element_size() == 4 else 64, triton.next_power_of_2(x.shape[3]))
+
+
+def padded(group: int) -> int:
+    """Rows of a query in a tile: its group, rounded up to a power of two."""
+    return triton.next_power_of_2(group)
+
+
+def queries_per_tile(group: int, rows: int) -> int:
+    """How many queries share a tile of ``rows`` rows; at most 32, one bit each."""
+    return max(1, min(32, rows // padded(group)))
+
+
+def is_wide(rows: int, *tensors: torch.Tensor) -> bool:
+    """Whether an offset inside a tile of ``rows`` tokens can exceed 32 bits."""
+    return any(
+        rows * abs(x.stride(1)) + x.shape[3] * abs(x.stride(3)) >= 2**31 for x in tensors
+    )
+
+
+def has_tail(call: Call) -> bool:
+    """Whether a block can reach beyond the end of its sequence."""
+    return call.cu is not None or call.max_k % call.block_size != 0
+
+
+def _configs(q, v) -> list[Config]:
+    """Rows, keys, warps and stages to try, the largest first."""
+    wide = max(width(q), width(v))
+    if card(q)[0] == 0:  # the interpreter: each operation costs the same, however large
+        return [Config(64, 64, 4, 1)]
+    if q.element_size() == 4:
+        return [Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(16, 16, 4, 1)]
+    if wide > 128:
+        return [Config(64, 64, 8, 2), Config(64, 64, 8, 1), Config(64, 32, 8, 1)]
+    return [Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 32, 4, 2)]
+
+
+class _ByQueries:
+    """The kernel with one configuration."""
+
+    def __init__(self, q, k, v, block_indices, call: Call, c: Config) -> None:
+        b, _, hq, d = q.shape
+        heads, dv = k.shape[2], v.shape[3]
+        group = hq // heads
+        self.queries = queries_per_tile(group, c.block_m)
+        rows = max(16, self.queries * padded(group))
+        rounded = rows // self.queries  # at least 16 rows: the smallest product
+        each = triton.cdiv(call.max_q, self.queries)
+        tiles = each * (call.sequences or 1)
+        cap = max(1, min(self.queries * block_indices.shape[3], call.blocks))
+        keys = _keys_per_step(call.block_size, c.block_n)
+        o, lse = self.outputs(q, v)
+        self.launch = Launcher(
+            by_queries_kernel,
+            (tiles * b * heads,),
+            (*q.stride(), *k.stride(), *v.stride(), *o.stride()[:3], *lse.stride()[:2],
+             heads, call.max_q, call.max_k, tiles, each, call.offset, cap,
+             call.scale * LOG2E, call.scale),
+            dict(GROUP=group, PADDED=rounded, QUERIES=self.queries, D=d, DV=dv, BLOCK_D=width(q),
+                 BLOCK_DV=width(v), BLOCK=call.block_size,
+                 BLOCK_N=keys, PER=max(1, keys // call.block_size),
+                 STEPS=triton.cdiv(call.block_size, keys), VARLEN=call.cu is not None, TAIL=has_tail(call),
+                 WIDE=is_wide(c.block_n, k, v), PRECISION=call.precision),
+            c,
+        )  # fmt: skip
+
+    @staticmethod
+    def outputs(q, v) -> tuple[torch.Tensor, torch.Tensor]:
+        b, m, hq, _ = q.shape
+        return q.new_empty((b, m, hq, v.shape[3])), q.new_empty((b, hq, m), dtype=torch.float32)
+
+    def __call__(self, q, k, v, block_indices, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+        o, lse = self.outputs(q, v)
+        union = lists.unions(block_indices, self.queries, call, k.shape[1])
+        self.launch(q, k, v, o, lse, *union, call.cu)
+        return o, lse
+
+
+def _keys_per_step(block: int, most: int) -> int:
+    """Keys of one step: ``most``, unless blocks that are no power of two fit once only."""
+    if block >= most or block & (block - 1) == 0:
+        return most
+    return max(16, triton.next_power_of_2(block))
+
+
+def by_queries(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_indices: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """O and LSE along the unions of neighbouring queries; arguments as for :func:`forward`."""
+    check_can_launch("nsa_selected_attention", q, k, v, block_indices)
+    key = ("by_queries", *plan_key(call, q, k, v), block_indices.shape[3])
+    return remembered(
+        key, _configs(q, v), lambda c: _ByQueries(q, k, v, block_indices, call, c),
+        q, k, v, block_indices, call,
+    )  # fmt: skip
+
+
+# -- the road --------------------------------------------------------------------------------------
+
+
+def hopper(module: str):
+    """The module written by hand for Hopper; None where it is not there or its language is not."""
+    from importlib import import_module
+
+    try:
+        return import_module(f"labkit.nsa.{module}")
+    except ImportError:
+        return None
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_indices: torch.Tensor,
+    call: Call,
+    *,
+    road: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each query to its blocks.
+
+    Parameters
+    ----------
+    q : ``[B, M, HQ, D]``.
+    k, v : ``[B, N, H, D]`` and ``[B, N, H, V]``.
+    block_indices : ``[B, M, H, S]`` int32 or int64, −1 for an unused slot.
+    road : ``"queries"``, ``"keys"`` or ``"hopper"`` overrules the choice; tests and experiments
+        use it.
+
+    Returns
+    -------
+    o : ``[B, M, HQ, V]`` in q's dtype; 0 for a query that chose nothing.
+    lse : ``[B, HQ, M]`` float32, natural logarithm; −∞ for such a query.
+    """
+    with _On(q):
+        if 0 in (call.max_q, call.max_k, block_indices.shape[3], q.numel(), v.shape[3]):
+            o, lse = _ByQueries.outputs(q, v)
+            return o.zero_(), lse.fill_(float("-inf"))
+        if road is None:
+            road = _choose(q, k, v, call)
+        if road == "hopper":
+            return hopper("hopper").forward(q, k, v, block_indices, call)
+        if road == "keys":
+            from labkit.nsa import by_keys
+
+            return by_keys.forward(q, k, v, block_indices, call)
+        return by_queries(q, k, v, block_indices, call)
+
+
+def _choose(q, k, v, call: Call) -> str:
+    """The road for these tensors, by their shapes only."""
+    if card(q)[0] == 90:
+        module = hopper("hopper")
+        if module is not None and module.supports(q, k, v, call):
+            return "hopper"
+    group = q.shape[2] // k.shape[2]
+    return "keys" if group < _BY_QUERIES_FROM and q.shape[1] >= _FEW else "queries"
