@@ -17,7 +17,7 @@ Everything runs in the dtype of q, and autograd differentiates it.  The probabil
 are taken in float32, or in float64 for float64.  Nothing here is fast: a selected key is copied
 for each query that reads it, which is what the kernels of chapter 13 avoid.
 
-Loads torch.  Imports downwards: errors, nsa.semantics, nsa.pooling, nsa.half_rate.
+Loads torch.  Imports downwards: errors, nsa.semantics, nsa.checks, nsa.pooling, nsa.half_rate.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ from __future__ import annotations
 import torch
 
 from labkit.errors import ArgumentError, check_positive_int
+from labkit.nsa.checks import (
+    check_block_counts,
+    check_block_indices,
+    check_lengths,
+    check_offsets,
+    check_tensor,
+    check_window,
+)
 from labkit.nsa.half_rate import check_half_rate, copy_even_rows, spread
 from labkit.nsa.pooling import overlap_weights, pool_mean
 from labkit.nsa.semantics import FORCED, check_forced
@@ -90,13 +98,16 @@ def naive_nsa(
         head_first, q, k, v, g_slc, g_swa, block_indices, block_counts
     )
     scale = _check(q, k, v, scale, cu_seqlens, g_slc=g_slc, g_swa=g_swa)
-    _check_choice(block_indices, block_counts, q, k, block_size, cu_seqlens)
-    _check_window(window_size)
+    check_positive_int("block_size", block_size)
+    check_block_indices(block_indices, q, k, block_size, cu_seqlens)
+    check_block_counts(block_counts, block_indices, q)
+    window_size = check_window(window_size)
+    if half_rate:
+        check_half_rate(q.shape[1], k.shape[1])
 
     def one_sequence(q, k, v, g_slc, g_swa, block_indices, block_counts):
         m, at = q.shape[1], _positions(q, k)
         if half_rate:
-            check_half_rate(m, k.shape[1])
             rows = [q, g_slc, g_swa, block_indices, block_counts]
             q, g_slc, g_swa, block_indices, block_counts = (_even(x) for x in rows)
             at = at[::2]
@@ -238,15 +249,16 @@ def _compression(
     scale = _check(q, k, v, scale, cu_seqlens, g_cmp=g_cmp)
     check_positive_int("block_size", block_size)
     forced = check_forced(forced)
+    if half_rate:
+        check_half_rate(q.shape[1], k.shape[1])
     slots = _slots(block_counts, q, k)
     if compress is not None:
         length = getattr(compress, "length", None) if length is None else length
         stride = getattr(compress, "stride", None) if stride is None else stride
-    length = block_size if length is None else check_positive_int("length", length)
-    stride = length if stride is None else check_positive_int("stride", stride)
+    length, stride = check_lengths(length, stride, block_size)
 
     def one_sequence(q, k, v, g_cmp, block_counts):
-        m, n, at = q.shape[1], k.shape[1], _positions(q, k)
+        n, at = k.shape[1], _positions(q, k)
         if compress is None:
             k_cmp, v_cmp = (pool_mean(x, length, stride) for x in (k, v))
         else:
@@ -259,7 +271,6 @@ def _compression(
             forced=forced,
         )  # fmt: skip
         if half_rate:
-            check_half_rate(m, n)
             chosen, o = copy_even_rows(chosen), copy_even_rows(o)
         return chosen, o
 
@@ -455,10 +466,11 @@ def _sequence_by_sequence(function, cu_seqlens, arguments):
 def _check(q, k, v, scale, cu_seqlens, **gates):
     """Refuse tensors that do not go together; return the scale."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or not x.is_floating_point():
+        check_tensor(name, x, 4, "[batch, seq_len, heads, head_dim]")
+        if not x.is_floating_point() or x.dtype != q.dtype:
             raise ArgumentError(
-                name, f"{tuple(x.shape)}, {x.dtype}", "is not [batch, seq_len, heads, head_dim]"
-                " of a float dtype.", "Pass four axes.",
+                f"{name}.dtype", str(x.dtype), f"is no float dtype, or not q's {q.dtype}.",
+                "Pass all three in one float dtype.",
             )  # fmt: skip
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -473,8 +485,8 @@ def _check(q, k, v, scale, cu_seqlens, **gates):
         )  # fmt: skip
     if q.shape[1] > k.shape[1]:
         raise ArgumentError(
-            "q", shapes, "has more queries than there are keys.", "Pass M ≤ N: the last query"
-            " stands beside the last key.",
+            "q", shapes, "has more queries than there are keys.",
+            "Pass M ≤ N: the last query stands beside the last key.",
         )  # fmt: skip
     for name, gate in gates.items():
         if gate is not None and gate.shape != q.shape[:3]:
@@ -483,81 +495,18 @@ def _check(q, k, v, scale, cu_seqlens, **gates):
                 "Pass one number for each query and query head, or None for no such branch.",
             )  # fmt: skip
     if cu_seqlens is not None:
-        _check_bounds(q, k, cu_seqlens)
+        check_offsets(cu_seqlens, q, k)
     return q.shape[-1] ** -0.5 if scale is None else scale
-
-
-def _check_bounds(q, k, cu_seqlens):
-    remedy = "Pass [0, n1, n1 + n2, …, N] as int32 or int64, with a batch of 1."
-    if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
-        raise ArgumentError(
-            "cu_seqlens", cu_seqlens, f"goes with B = 1 and M = N, not q {tuple(q.shape)}.", remedy
-        )
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ArgumentError("cu_seqlens", cu_seqlens, "is no vector of integers.", remedy)
-    ends = cu_seqlens.tolist()
-    if len(ends) < 2 or ends[0] != 0 or ends[-1] != q.shape[1] or ends != sorted(ends):
-        raise ArgumentError("cu_seqlens", ends, f"does not cut {q.shape[1]} rows.", remedy)
-
-
-def _check_choice(block_indices, block_counts, q, k, block_size, cu_seqlens):
-    check_positive_int("block_size", block_size)
-    if block_indices.is_floating_point() or block_indices.dtype == torch.bool:
-        raise ArgumentError(
-            "block_indices", block_indices.dtype, "is no integer dtype.", "Pass block numbers."
-        )
-    shape = (*q.shape[:2], k.shape[2])
-    if block_indices.dim() != 4 or block_indices.shape[:3] != shape:
-        raise ArgumentError(
-            "block_indices", tuple(block_indices.shape), f"is not [{shape[0]}, {shape[1]},"
-            f" {shape[2]}, slots].", "Pass one row of blocks for each query and KV head.",
-        )  # fmt: skip
-    slots = block_indices.shape[-1]
-    if isinstance(block_counts, torch.Tensor):
-        _check_counts(block_counts, shape)
-        largest = int(block_counts.max())
-    else:
-        largest = 0 if block_counts is None else check_positive_int("block_counts", block_counts)
-    if largest > slots:
-        raise ArgumentError(
-            "block_counts", largest, f"is more than the {slots} slots of block_indices.",
-            "Pass at most as many.",
-        )  # fmt: skip
-    longest = k.shape[1] if cu_seqlens is None else int(cu_seqlens.diff().max())
-    if slots and not -1 <= int(block_indices.min()) <= int(block_indices.max()) < longest:
-        raise _no_such_block(block_indices, longest, block_size)
-    if slots and int(block_indices.max()) >= -(-longest // block_size):
-        raise _no_such_block(block_indices, longest, block_size)
-
-
-def _no_such_block(block_indices, n, block_size):
-    span = f"{int(block_indices.min())} … {int(block_indices.max())}"
-    last = -(-n // block_size) - 1
-    return ArgumentError(
-        "block_indices", span, f"names a block that does not exist: {n} keys make blocks"
-        f" 0 … {last}.", "Use −1 for an unused slot.",
-    )  # fmt: skip
 
 
 def _slots(block_counts, q, k):
     """How many slots a row of the choice has."""
     if not isinstance(block_counts, torch.Tensor):
         return check_positive_int("block_counts", block_counts)
-    _check_counts(block_counts, (*q.shape[:2], k.shape[2]))
-    return int(block_counts.max())
-
-
-def _check_counts(block_counts, shape):
+    shape = (*q.shape[:2], k.shape[2])
     if block_counts.is_floating_point() or block_counts.shape != shape:
         raise ArgumentError(
             "block_counts", f"{tuple(block_counts.shape)}, {block_counts.dtype}",
             f"is not {shape} of an integer dtype.", "Pass a number for each query and KV head.",
         )  # fmt: skip
-
-
-def _check_window(window_size):
-    if isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 0:
-        raise ArgumentError(
-            "window_size", window_size, "is not an integer of at least 0.",
-            "Pass how many keys a query sees, its own among them; 0 for no window.",
-        )  # fmt: skip
+    return int(block_counts.max())
