@@ -1,0 +1,516 @@
+r"""Attention to chosen blocks, by hand on Hopper: one warp loads for 256 rows.
+
+The mathematics is that of ``selection.py``.  Query i of KV head h reads the blocks
+:math:`\mathcal{B}_i`, and its G query heads share them.  With :math:`c = \text{scale}\cdot\log_2 e`
+and over the chosen blocks j in ascending order
+
+.. math::
+    S_j = Q K_j^\top, \quad m_j = \max(m_{j-1}, \mathrm{rowmax}\, S_j), \quad
+    P_j = 2^{\,c S_j - c m_j}, \quad \alpha_j = 2^{\,c m_{j-1} - c m_j}
+
+.. math::
+    l_j = \alpha_j l_{j-1} + \mathrm{rowsum}\, P_j, \qquad O_j = \alpha_j O_{j-1} + P_j V_j .
+
+A query that reads its blocks alone brings K and V of each through L2 for 16 rows only, and L2 is
+what such a kernel waits for.  Here a program owns several *neighbouring* queries and walks the
+**union** of what they chose (:func:`labkit.nsa.lists.unions`): a block that several of them read
+comes once.  Neighbours agree on the first block and on the last ones at least.
+
+Who does what follows :mod:`labkit.flash.hopper`: a warp that only loads, warpgroups that only
+compute, rings of slots with a *full* and an *empty* barrier between them.  What differs:
+
+- A warpgroup's 64 rows are ``64 / G`` queries × G heads.  ``[queries, heads, d]`` of neighbouring
+  heads and queries is one tile for the copy engine, and its bytes are those of ``[64, d]``.
+- **Whether a block is read is decided per warpgroup.**  One that none of its queries chose is
+  given back as soon as it has landed.  The groups are independent: they drift apart by as many
+  blocks as the ring holds, and the products of one run beside the softmax of another.
+- **Whether it counts is decided per row.**  A row of a query that did not choose the block keeps
+  its m; with +∞ in place of c m its P is 0.  That costs two instructions per row; a mask over the
+  scores would cost one per score.
+- Only blocks that reach beyond the group's first query need the triangular mask.
+
+Taught in chapter 13 (the kernels of sparse attention).
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from functools import cache
+
+import torch
+import triton
+
+from labkit.flash.tuning import Config
+from labkit.nsa.call import Call
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    _MISSING = ""
+    _jit = gluon.jit
+    # One compilation for all sizes: nothing here gets faster by knowing that one of them is 1.
+    _kernel = gluon.jit(
+        do_not_specialize=(
+            "heads", "share", "Nq", "Nk", "tiles", "all_heads", "section", "each", "cap",
+        )
+    )  # fmt: skip
+except ImportError as problem:  # Gluon came with Triton 3.4 and is still experimental
+    gl, _MISSING = None, str(problem)
+
+    def _jit(function):
+        """The module imports without Gluon; ``supports`` says that nothing here can run."""
+        return function
+
+    _kernel = _jit
+
+
+__all__ = ["CONFIGS", "config_for", "forward", "supports"]
+
+#: by head_dim: block_m rows in all, 64 keys, slots of the ring, groups that compute
+CONFIGS = {
+    64: [
+        Config(256, 64, 4, 6, True, "four"),
+        Config(192, 64, 4, 6, True, "three"),
+        Config(128, 64, 4, 6, True, "two"),
+    ],
+    128: [
+        Config(192, 64, 4, 5, True, "three"),
+        Config(256, 32, 4, 10, True, "four"),
+        Config(128, 64, 4, 5, True, "two"),
+    ],
+}
+
+#: groups that compute, registers per thread of theirs, and of the loader.  A multiprocessor has
+#: 65,536 and hands them out to whole groups of 128 threads: 128 · (4 · 120 + 32) = 65,536.
+_GROUPS = {"four": (4, 112, 24), "three": (3, 160, 32), "two": (2, 240, 24)}
+
+
+# -- which blocks ----------------------------------------------------------------------------------
+
+
+@_jit
+def _place(program, tiles, all_heads, section):
+    """(tile, head) of a program: ``section`` heads at a time, so that their K and V stay in L2.
+
+    The last tiles first: the first queries have fewer blocks to choose from.
+    """
+    group = program // (tiles * section)
+    within = program - group * (tiles * section)
+    here = min(section, all_heads - group * section)
+    return tiles - 1 - within // here, group * section + within % here
+
+
+# -- the loader ------------------------------------------------------------------------------------
+
+
+@_jit
+def _copy(described, batch, row, head, full, tile):
+    # A descriptor of [batch, seq_len, heads, d] gives zeros beyond the end, not the next batch's
+    # rows.  Its tiles are [1, rows, heads, d]: the same bytes as [rows · heads, d].
+    into = tile._reinterpret(described.dtype, described.block_shape, described.layout)
+    tma.async_copy_global_to_shared(described, [batch, row, head, 0], full, into)
+
+
+@_jit
+def _fetch(described, batch, head, row, n, tiles, full, empty, STAGES: gl.constexpr):
+    """Copy rows ``row …`` of a head into the ring, as its tile number ``n``."""
+    slot = n % STAGES
+    mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(slot), described.block_type.nbytes)
+    _copy(described, batch, row, head, full.index(slot), tiles.index(slot))
+
+
+@_jit
+def _load(
+    args, QUERIES: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """One warp: Q once, then K and V of each block of the union, as the slots become empty."""
+    q, k, v, Q, ring, q_full, place, union = args
+    K, V, k_full, k_empty, v_full, v_empty = ring
+    batch, head, first, heads_first, start = place
+    blocks, _, count = union
+    PARTS: gl.constexpr = BLOCK // BLOCK_N
+
+    mbarrier.expect(q_full, GROUPS * q.block_type.nbytes)
+    for group in gl.static_range(GROUPS):
+        _copy(q, batch, start + first + group * QUERIES, heads_first, q_full, Q.index(group))
+    block = gl.load(blocks)
+    for x in range(count):
+        following = gl.load(blocks + min(x + 1, count - 1))  # asked for before it is needed
+        for part in gl.static_range(PARTS):
+            key = start + block * BLOCK + part * BLOCK_N
+            n = x * PARTS + part
+            _fetch(k, batch, head, key, n, K, k_full, k_empty, STAGES)
+            _fetch(v, batch, head, key, n, V, v_full, v_empty, STAGES)
+        block = following
+
+
+# -- the consumers ---------------------------------------------------------------------------------
+
+
+@_jit
+def _softmax(s, m, l, c, active):
+    """``P, m', l', α`` of a block's scores; rows that are not ``active`` stay as they are.
+
+    A row may have seen no key so far.  Then m' is −∞ and −∞ − (−∞) would be NaN; with 0 in its
+    place P and α come out as 0.
+    """
+    m_new = gl.where(active, gl.maximum(m, gl.max(s, 1)), m)
+    finite = gl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = gl.exp2((m - finite) * c)
+    p = gl.exp2(s * c - gl.where(active, finite * c, float("inf"))[:, None])
+    return p, m_new, l * alpha + gl.sum(p, 1), alpha
+
+
+@_jit
+def _attend(
+    args, QUERIES: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
+    BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, VARLEN: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: (m, l, O) of its queries over the blocks they chose, then O / l and LSE."""
+    out, lse, scale, Q, ring, q_full, place, union = args
+    K, V, k_full, k_empty, v_full, v_empty = ring
+    batch, head, first, end, start, offset, lse_row, lse_step = place
+    blocks, members, count = union
+    SHARE: gl.constexpr = 64 // QUERIES
+    PARTS: gl.constexpr = BLOCK // BLOCK_N
+    WARPS: gl.constexpr = gl.num_warps()
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
+    c = scale * 1.4426950408889634  # log2(e)
+
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+    query = row // SHARE
+    i = first + GROUP * QUERIES
+    m = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S))
+    l = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, S))
+    o = gl.zeros([64, D], gl.float32, layout=O)
+    q = Q.index(GROUP)
+    mbarrier.wait(q_full, 0)
+
+    block, chose = gl.load(blocks), gl.load(members)
+    for x in range(count):
+        ahead = min(x + 1, count - 1)
+        block_ahead, chose_ahead = gl.load(blocks + ahead), gl.load(members + ahead)
+        mine = (chose >> (GROUP * QUERIES)) & ((1 << QUERIES) - 1)
+        for part in gl.static_range(PARTS):
+            n = x * PARTS + part
+            slot, parity = n % STAGES, (n // STAGES) & 1
+            mbarrier.wait(k_full.index(slot), parity)
+            if mine != 0:
+                nothing = gl.zeros([64, BLOCK_N], gl.float32, layout=S)
+                s = warpgroup_mma(
+                    q, K.index(slot).permute([1, 0]), nothing, use_acc=False, is_async=True
+                )
+                s = warpgroup_mma_wait(0, [s])
+                mbarrier.arrive(k_empty.index(slot), count=1)
+                key = block * BLOCK + part * BLOCK_N
+                if key + (BLOCK_N - 1) > i + offset:
+                    j = key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S))
+                    seen = j[None, :] <= (i + offset + query)[:, None]
+                    s = gl.where(seen, s, float("-inf"))
+                p, m, l, alpha = _softmax(s, m, l, c, ((mine >> query) & 1) != 0)
+                P = gl.convert_layout(p.to(V.dtype), gl.DotOperandLayout(0, O, 2))
+                o = o * gl.convert_layout(alpha, gl.SliceLayout(1, O))[:, None]
+                mbarrier.wait(v_full.index(slot), parity)
+                o = warpgroup_mma(P, V.index(slot), o, is_async=True)
+                o = warpgroup_mma_wait(0, [o])
+                mbarrier.arrive(v_empty.index(slot), count=1)
+            else:
+                # Nobody here chose it.  Not before it has landed: a barrier tells a lap from the
+                # one before it, and not from the one before that.
+                mbarrier.arrive(k_empty.index(slot), count=1)
+                mbarrier.wait(v_full.index(slot), parity)
+                mbarrier.arrive(v_empty.index(slot), count=1)
+        block, chose = block_ahead, chose_ahead
+
+    # A query that chose nothing has l = 0 and O = 0: its output is 0 and its LSE −∞.
+    at = lse_row + (row % SHARE).to(gl.int64) * lse_step + (i + query)
+    gl.store(lse + at, m * scale + gl.log(l), mask=i + query < end)
+    weight = gl.convert_layout(1.0 / gl.where(l == 0.0, 1.0, l), gl.SliceLayout(1, O))
+    # Nobody reads this group's part of Q any more: O leaves through it.
+    q.store((o * weight[:, None]).to(V.dtype))
+    if VARLEN:
+        # The copy engine would write into the next sequence.
+        pointer, stride_m, stride_h = out
+        B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+        r = gl.arange(0, 64, layout=gl.SliceLayout(1, B))
+        column = gl.arange(0, D, layout=gl.SliceLayout(0, B))
+        at = (start + i + r // SHARE).to(gl.int64) * stride_m + (
+            head * SHARE + r % SHARE).to(gl.int64) * stride_h
+        gl.store(pointer + at[:, None] + column[None, :], q.load(B),
+                 mask=(i + r // SHARE < end)[:, None])  # fmt: skip
+    else:
+        # The copy engine leaves out the queries beyond the last.
+        fence_async_shared()
+        tile = q._reinterpret(V.dtype, out.block_shape, out.layout)
+        tma.async_copy_shared_to_global(out, [batch, i, head * SHARE, 0], tile)
+        tma.store_wait(0)
+
+
+# -- the program -----------------------------------------------------------------------------------
+
+
+@_kernel
+def forward_kernel(
+    q, k, v, o, lse, blocks, members, counts, cu,
+    scale, heads, share, Nq, Nk, tiles, all_heads, section, each, cap, stride_om, stride_oh,
+    QUERIES: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
+    BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, VARLEN: gl.constexpr,
+    REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Shared memory, barriers and places, then each warp goes to its own work."""
+    WARPS: gl.constexpr = gl.num_warps()
+    # 128-byte rows, their 16-byte pieces permuted: what TMA writes and wgmma reads unconflicted.
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    Q = gl.allocate_shared_memory(k.dtype, [GROUPS, 64, D], TILE)
+    K = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK_N, D], TILE)
+    V = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK_N, D], TILE)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    mbarrier.init(q_full, count=1)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(slot), count=1)
+        mbarrier.init(v_full.index(slot), count=1)
+        mbarrier.init(k_empty.index(slot), count=GROUPS)
+        mbarrier.init(v_empty.index(slot), count=GROUPS)
+    fence_async_shared()  # the copy engine must see the barriers before it completes them
+
+    tile, bh = _place(gl.program_id(0), tiles, all_heads, section)
+    batch, head = bh // heads, bh % heads
+    union = bh.to(gl.int64) * tiles + tile
+    start, end, offset = 0, Nq, Nk - Nq
+    if VARLEN:
+        sequence, tile = tile // each, tile % each
+        start = gl.load(cu + sequence).to(gl.int32)
+        end, offset = gl.load(cu + sequence + 1).to(gl.int32) - start, 0
+    first = tile * (GROUPS * QUERIES)
+    SHARE: gl.constexpr = 64 // QUERIES
+    lse_row = (batch * heads + head).to(gl.int64) * SHARE * Nq + start
+    union = (blocks + union * cap, members + union * cap, gl.load(counts + union))
+    out = o
+    if VARLEN:
+        out = (o, stride_om, stride_oh)
+    ring = (K, V, k_full, k_empty, v_full, v_empty)
+    loads = (q, k, v, Q, ring, q_full, (batch, head, first, head * SHARE, start), union)
+    work = (
+        out, lse, scale, Q, ring, q_full,
+        (batch, head, first, end, start, offset, lse_row, Nq), union,
+    )  # fmt: skip
+    if GROUPS == 4:
+        gl.warp_specialize(
+            [
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 0)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 1)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 2)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 3)),
+                (_load, (loads, QUERIES, GROUPS, STAGES, BLOCK, BLOCK_N)),
+            ],
+            [WARPS, WARPS, WARPS, 1],
+            [REGISTERS, REGISTERS, REGISTERS, LOADER_REGISTERS],
+        )
+    elif GROUPS == 3:
+        gl.warp_specialize(
+            [
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 0)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 1)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 2)),
+                (_load, (loads, QUERIES, GROUPS, STAGES, BLOCK, BLOCK_N)),
+            ],
+            [WARPS, WARPS, 1],
+            [REGISTERS, REGISTERS, LOADER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 0)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 1)),
+                (_load, (loads, QUERIES, GROUPS, STAGES, BLOCK, BLOCK_N)),
+            ],
+            [WARPS, 1],
+            [REGISTERS, LOADER_REGISTERS],
+        )
+
+
+# -- launching -------------------------------------------------------------------------------------
+
+
+class _Described:
+    """How the copy engine sees a tensor: tiles of ``rows`` tokens × ``heads`` × ``d``."""
+
+    def __init__(self, x: torch.Tensor, rows: int, heads: int) -> None:
+        # The stride of a dimension of size 1 is never used, and may be anything.
+        strides = [
+            s if n > 1 else max(8, s - s % 8)
+            for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)
+        ]
+        layout = gl.NVMMASharedLayout(128, 16, rank=4)
+        block = [1, rows, heads, x.shape[3]]
+        self.form = TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+        self.form.base = None  # a plan outlives its first tensors and must not keep them
+
+    def __call__(self, x: torch.Tensor):
+        """The descriptor of ``x``, a tensor like the first."""
+        described = copy(self.form)
+        described.base = x
+        return described
+
+
+class _Plan:
+    """All of a launch but the tensors."""
+
+    def __init__(self, q, k, v, o, call: Call, cap: int, config: Config) -> None:
+        from labkit.flash.launch import Launcher, card
+
+        (batch, n_q, all_q, d), (n_k, heads) = q.shape, k.shape[1:3]
+        share = all_q // heads
+        queries = 64 // share
+        groups, registers, loader_registers = _GROUPS[config.by_hand]
+        varlen = call.cu is not None
+        each = triton.cdiv(call.max_q, groups * queries)
+        tiles, all_heads = each * (call.sequences or 1), batch * heads
+        self.tile = groups * queries
+        # As many heads as have their K and V in half of L2.
+        section = max(1, card(q)[3] // 2 // (n_k * 4 * d))
+        self.described = (
+            _Described(q, queries, share), _Described(k, config.block_n, 1),
+            _Described(v, config.block_n, 1),
+        )  # fmt: skip
+        self.out = None if varlen else _Described(o, queries, share)
+        # softmax(cS) with c < 0 is softmax(|c| (−Q) Kᵀ): the kernel takes the maximum of S.  And
+        # with c = 0 a hidden score would be 0 · −∞.
+        self.negative, scale = call.scale < 0, max(abs(call.scale), 1e-30)
+        self.launch = Launcher(
+            forward_kernel,
+            (tiles * all_heads,),
+            (scale, heads, share, n_q, n_k, tiles, all_heads, min(section, all_heads), each, cap,
+             o.stride(1), o.stride(2)),
+            dict(QUERIES=queries, GROUPS=groups, STAGES=config.num_stages, D=d,
+                 BLOCK=call.block_size, BLOCK_N=config.block_n, VARLEN=varlen,
+                 REGISTERS=registers, LOADER_REGISTERS=loader_registers),
+            config,
+        )  # fmt: skip
+
+    def __call__(self, q, k, v, o, lse, union, call: Call) -> None:
+        """Launch."""
+        tensors = (-q if self.negative else q, k, v)
+        described = [see(x) for see, x in zip(self.described, tensors, strict=True)]
+        cu = call.cu if call.cu is not None else union[2]
+        self.launch(*described, self.out(o) if self.out else o, lse, *union, cu)
+
+
+def tile_of(share: int, config: Config) -> int:
+    """Queries of a program."""
+    return config.block_m // share
+
+
+def config_for(q: torch.Tensor, k: torch.Tensor, call: Call) -> Config | None:
+    """The configuration for such tensors; None if there is none."""
+    share = q.shape[2] // k.shape[2]
+    for config in CONFIGS.get(q.shape[3], []):
+        if tile_of(share, config) <= 32:  # a bit of int32 for each query
+            return config
+    return None
+
+
+def forward(q, k, v, block_indices, call: Call, *, config=None, union=None):
+    """O and LSE of attention to chosen blocks.
+
+    Parameters
+    ----------
+    q : ``[B, M, HQ, D]`` float16 or bfloat16, as :func:`supports` asks.
+    k, v : ``[B, N, H, D]``, M ≤ N.
+    block_indices : ``[B, M, H, S]`` int32 or int64, −1 for an unused slot.
+    config : one of :data:`CONFIGS`; None: the first that serves.
+    union : what ``lists.unions(block_indices, tile_of(…), call, N)`` gave, if it is known.
+
+    Returns
+    -------
+    o : ``[B, M, HQ, D]`` of q's dtype.
+    lse : ``[B, HQ, M]`` float32, natural logarithm.
+    """
+    config = config or config_for(q, k, call)
+    (batch, n_q, all_q, d), (n_k, heads) = q.shape, k.shape[1:3]
+    o = q.new_empty((batch, n_q, all_q, d))
+    lse = q.new_empty((batch, all_q, n_q), dtype=torch.float32)
+    if union is None:
+        from labkit.nsa import lists
+
+        union = lists.unions(block_indices, tile_of(all_q // heads, config), call, n_k)
+    key = (
+        config, call.scale, call.block_size, call.max_q, call.sequences, union[0].shape[-1],
+        q.dtype, q.device, *(x.shape + x.stride() for x in (q, k, v)),
+        call.cu is not None and call.cu.dtype,
+        # what Triton compiles differently for: the start of a tensor on 16 bytes or not
+        *(x.data_ptr() % 16 for x in union), call.cu is not None and call.cu.data_ptr() % 16,
+    )  # fmt: skip
+    with torch.cuda.device(q.device):
+        plan = _plans.get(key)
+        if plan is None:
+            if len(_plans) >= 256:
+                _plans.clear()
+            plan = _plans[key] = _Plan(q, k, v, o, call, union[0].shape[-1], config)
+        plan(q, k, v, o, lse, union, call)
+    return o, lse
+
+
+_plans: dict[tuple, _Plan] = {}
+
+
+@cache
+def _hopper(index: int) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9
+
+
+def supports(q, k, v, call: Call) -> bool:
+    """Whether this kernel can run on such tensors; never raises.  :func:`why_not` says why not."""
+    return why_not(q, k, v, call) is None
+
+
+def why_not(q, k, v, call: Call) -> str | None:
+    """None if this kernel can run on such tensors, else the reason; never raises.
+
+    It needs a Hopper GPU, float16 or bfloat16, head_dim and head_dim_v equal and 64 or 128, blocks
+    of 64 keys or a multiple, a group of 4 to 64 query heads per KV head that is a power of two,
+    and tensors that the copy engine can read: last dimension dense, other strides and the start
+    multiples of 16 bytes.
+    """
+    try:
+        if _MISSING:
+            return f"this Triton has no Gluon for Hopper ({_MISSING})"
+        if not q.is_cuda or not _hopper(q.device.index or 0):
+            return "not a Hopper card"
+        if q.dtype not in (torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
+            return "not float16 or bfloat16"
+        if q.shape[3] not in CONFIGS or v.shape[3] != q.shape[3]:
+            return "a head_dim other than 64 or 128"
+        if call.block_size % 64:
+            return "a block_size that is no multiple of 64"
+        share = q.shape[2] // k.shape[2]
+        if share & (share - 1) or share > 64 or config_for(q, k, call) is None:
+            return "a group of query heads that is not 4, 8, 16, 32 or 64"
+        for x in (q, k, v):
+            if not x.numel():
+                return "an empty tensor"
+            if x.stride(3) != 1 or x.data_ptr() % 16:
+                return "rows that do not start at multiples of 16 bytes"
+            for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True):
+                if size > 1 and (stride <= 0 or stride % 8 or stride * 2 >= 2**40):
+                    return "rows that do not start at multiples of 16 bytes"
+        return None
+    except Exception as problem:
+        return f"{type(problem).__name__}: {problem}"
