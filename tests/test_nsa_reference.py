@@ -173,6 +173,18 @@ def test_the_choice_is_what_sorting_in_python_gives(slots, forced):
     dense.assert_choice_is_best(ours, score, block_size=16, block_counts=slots, forced=forced)
 
 
+@pytest.mark.parametrize(("length", "stride", "block_size"), [(16, 16, 16), (32, 16, 64)])
+def test_importance_is_summed_over_the_group_in_units_of_the_stride(length, stride, block_size):
+    q, k, *_ = draw(200, group=3)
+    sizes = {"length": length, "stride": stride}
+    _, _, p = dense.compression(q, k, k, **sizes)
+    ours = reference._importance(
+        p.unflatten(1, (2, 3)).permute(0, 3, 1, 2, 4), 200, block_size=block_size, **sizes
+    )
+    expected = dense.importance(p, 200, 3, block_size=block_size, **sizes)
+    close(ours, expected[..., ::block_size])
+
+
 @pytest.mark.parametrize("n", [*LENGTHS, 200])
 def test_the_choice_at_every_length_and_with_counts_for_each_row(n):
     q, k, v, g, *_ = draw(n)
@@ -446,14 +458,20 @@ def test_no_gradient_of_a_row_reaches_its_future():
         assert gradients[2][:, : now + 1].any(), now  # v
 
 
-def test_a_nan_that_nobody_chose_stays_where_it_is():
-    q, k, v, g, *_ = draw(64, batch=1)
-    clean = draw_choice(64, 16, 2, batch=1)
-    clean[clean == 3] = -1
-    expected = naive_nsa(q, k, v, g, None, clean, block_size=16)
+def test_a_nan_that_no_query_may_see_stays_where_it_is():
+    """An unused slot, a future block and the end of the last block are copied, and never read."""
+    q, k, v, g, *_ = draw(60, batch=1)
+    chosen = draw_choice(60, 16, 4, batch=1)
+    chosen[chosen == 0] = -1
+    chosen[:, 48:][chosen[:, 48:] == 3] = -1
+    assert (chosen[:, :48] == 3).any() and (chosen == -1).any()
+    expected = naive_nsa(q, k, v, g, None, chosen, block_size=16)
     for x in (k, v):
-        x[:, 48:] = float("nan")
-    assert torch.equal(naive_nsa(q, k, v, g, None, clean, block_size=16), expected)
+        x[:, 48:] = x[:, :16] = float("nan")
+    k.requires_grad_(), q.requires_grad_()
+    ours = naive_nsa(q, k, v, g, None, chosen, block_size=16)
+    assert torch.equal(ours, expected)
+    assert torch.isfinite(torch.autograd.grad(ours.sum(), q)[0]).all()
 
 
 # -- low precision, large tensors -------------------------------------------------------------
