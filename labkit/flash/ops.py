@@ -30,34 +30,37 @@ __all__ = [
 ]
 
 
-class DoubleBackwardError(LabError, RuntimeError):
-    """A gradient of a gradient of flash_attention was asked for; there is no kernel for it."""
+#: which function holds S and P, for those who need what the kernels do not have
+_INSTEAD = "labkit.naive.naive_attention (it holds S and P)"
 
-    def __init__(self) -> None:
+
+class DoubleBackwardError(LabError, RuntimeError):
+    """A gradient of a gradient was asked for; there is no kernel for it."""
+
+    def __init__(self, what: str = "flash_attention", instead: str = _INSTEAD) -> None:
         super().__init__(
-            "flash_attention has no second derivative: its backward kernels make P again from the "
-            "scores and keep nothing to differentiate. Use labkit.naive.naive_attention (it holds "
-            "S and P) where you need one, for gradient penalties or Hessians."
+            f"{what} has no second derivative: its backward kernels make P again from the "
+            f"scores and keep nothing to differentiate. Use {instead} where you need one, for "
+            "gradient penalties or Hessians."
         )
 
 
 class ForwardModeError(LabError, RuntimeError):
     """A derivative in forward mode was asked for; without this it would silently be 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "flash_attention", instead: str = _INSTEAD) -> None:
         super().__init__(
-            "flash_attention has no forward-mode derivative (jvp, dual tensors): there is no "
-            "kernel that carries a tangent along. Use reverse mode, or labkit.naive's "
-            "naive_attention, which has both."
+            f"{what} has no forward-mode derivative (jvp, dual tensors): there is no "
+            f"kernel that carries a tangent along. Use reverse mode, or {instead}, which has both."
         )
 
 
-def check_not_forward_mode(*tensors: torch.Tensor) -> None:
-    """Raise :class:`ForwardModeError` if a tensor carries a tangent."""
+def check_not_forward_mode(*tensors: torch.Tensor, **names: str) -> None:
+    """Raise :class:`ForwardModeError` if a tensor carries a tangent; ``names`` are its own."""
     if forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(x).tangent is not None for x in tensors
     ):
-        raise ForwardModeError
+        raise ForwardModeError(**names)
 
 
 @torch.library.custom_op("labkit::flash_forward", mutates_args=())

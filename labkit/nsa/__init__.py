@@ -19,6 +19,7 @@ file                     holds                                                  
 ``ops.py``, ``api.py``   torch operators; the public functions and their checks          13
 ``layer.py``             a module for a transformer block, and decoding with a cache     13
 ``weights.py``           which keys each branch looked at, from the LSE                  14
+``weights_report``       the same in a few numbers, and checked row by row               14
 ``half_rate.py``         even positions computed, odd ones copied                        15
 =======================  ==============================================================  =======
 
@@ -31,12 +32,14 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from labkit.kernels.runtime import require_triton
+
 _HOME = {
     "NSACache": "layer",
     "NativeSparseAttention": "layer",
     "TokenCompression": "pooling",
     "compute_attention_weights_from_lse": "weights",
-    "get_attention_weights_summary": "weights",
+    "get_attention_weights_summary": "weights_report",
     "naive_nsa": "reference",
     "naive_nsa_compression": "reference",
     "naive_nsa_compression_varlen": "reference",
@@ -48,7 +51,7 @@ _HOME = {
     "pool_mean": "pooling",
     "select_blocks": "api",
     "total_attention_weights": "weights",
-    "validate_attention_weights": "weights",
+    "validate_attention_weights": "weights_report",
 }
 
 __all__ = sorted(_HOME)
@@ -56,6 +59,8 @@ __all__ = sorted(_HOME)
 
 def __getattr__(name: str):
     if name in _HOME:
+        if _HOME[name] == "api":  # the reference, the layer and the weights need torch only
+            require_triton(f"labkit.nsa.{name} (labkit.nsa.naive_nsa and its family do not)")
         value = getattr(import_module(f"labkit.nsa.{_HOME[name]}"), name)
         globals()[name] = value
         return value
