@@ -43,6 +43,7 @@ __all__ = [
     "dense_bytes",
     "executed_over_useful",
     "expected_union",
+    "extra_bytes",
     "flops",
     "forced_blocks",
     "gates_bytes",
@@ -609,3 +610,28 @@ def dense_bytes(shape: Shape, tile: int = 128) -> dict[str, int]:
         "kv": heads * _tiles_over(shape, tile, lambda t: t + 1) * shape.key_bytes,
         "rows": heads * shape.seq_len * (shape.key_bytes + 4),
     }
+
+
+# -- memory that a call holds ---------------------------------------------------------------------
+
+
+def extra_bytes(shape: Shape) -> dict[str, int]:
+    r"""Bytes that one call of all branches holds beside its inputs and results.
+
+    .. math::
+        \text{kept} = B\,T\,[\,3\,HQ\,V e + 12\,HQ + 4\,H S\,] + B\,C\,H (D + V)\,e
+
+    Three outputs, three LSE, the chosen blocks, the compressed keys and values: a constant number
+    per token.  A backward pass keeps all of it, and a forward pass without gradients holds it too
+    when the gates add up.  ``"backward"``: three scaled copies of dO and δ, while the pass runs.
+
+    >>> kept = extra_bytes(Shape(seq_len=32768))["kept"]
+    >>> kept // 32768, kept // extra_bytes(Shape(seq_len=8192))["kept"]
+    (50208, 4)
+    """
+    tokens = shape.batch * shape.seq_len
+    rows = shape.heads * shape.v * shape.e
+    small = 12 * shape.heads + 4 * shape.kv_heads * shape.count
+    means = shape.batch * shape.compressed * shape.kv_heads * shape.key_bytes
+    kept = tokens * (3 * rows + small) + means
+    return {"forward": kept, "kept": kept, "backward": tokens * (3 * rows + 4 * shape.heads)}

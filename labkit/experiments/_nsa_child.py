@@ -1,0 +1,118 @@
+"""What ``labkit.experiments.nsa_speed`` runs in processes of its own.
+
+``python -m labkit.experiments._nsa_child warm WHOSE DTYPE``
+    compiles one implementation's kernels on a short sequence; several such processes run side by
+    side, and Triton's cache on disk keeps what they compile.
+``ncu … python -m labkit.experiments._nsa_child profile JSON``
+    runs each road of the selection between ``cudaProfilerStart`` and ``cudaProfilerStop``, a
+    marker kernel before each step (see ``labkit.experiments._dram_child``), and prints which ran.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+
+def labels(problem: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What each marker announces, in order: (pattern, step)."""
+    return [(pattern, step) for pattern in problem["patterns"] for step in problem["steps"]]
+
+
+def _step(step: str, shape: Any, x: Mapping[str, Any], blocks: Any) -> Callable[[], Any]:
+    """One step as a function that launches its kernels and nothing else."""
+    from labkit.experiments import nsa_speed
+    from labkit.nsa import selection, selection_backward
+
+    q, k, v, call = x["q"], x["k"], x["v"], nsa_speed._call_of(shape)
+    if step == "fla":
+        long = blocks.long()
+        return lambda: nsa_speed._fla_selection(shape, x, long)
+    if step == "backward":
+        o, lse = selection.forward(q, k, v, blocks, call)
+        return lambda: selection_backward.backward(x["do"], None, q, k, v, o, lse, blocks, call)
+    return lambda: selection.forward(q, k, v, blocks, call, road=step)
+
+
+def profile(problem: Mapping[str, Any]) -> None:
+    """Every step once unwatched, to compile and choose kernels, and once watched."""
+    import torch
+
+    from labkit.experiments import nsa_speed
+    from labkit.nsa.model import Shape
+
+    shape = Shape(seq_len=problem["seq_len"], dtype=problem["dtype"])
+    cuda = torch.cuda.cudart()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        x = nsa_speed._draw(shape, "random", "cuda", problem["dtype"], grad=False)
+        chosen = {p: nsa_speed.choices(shape, p, "cuda") for p in problem["patterns"]}
+        for pattern, step in labels(problem):
+            try:
+                fn = _step(step, shape, x, chosen[pattern])
+                fn()
+                torch.cuda.synchronize()
+            except Exception as error:
+                print(f"not {step} {pattern}: {error}"[:300], flush=True)
+                continue
+            cuda.cudaProfilerStart()
+            torch.cuda._sleep(1)
+            fn()
+            torch.cuda.synchronize()
+            cuda.cudaProfilerStop()
+            print(f"ran {step} {pattern}", flush=True)
+
+
+def warm(whose: str, dtype: str) -> None:
+    """Compile what one implementation needs."""
+    import torch
+
+    from labkit.experiments import nsa_speed
+    from labkit.nsa.model import Shape
+
+    shape = Shape(seq_len=2048, dtype=dtype)
+    x = nsa_speed._draw(shape, "random", "cuda", dtype)
+    blocks = nsa_speed.choices(shape, "random", "cuda")
+    qkv = (x["q"], x["k"], x["v"])
+    if whose == "labkit":
+        torch.autograd.grad(nsa_speed._whole(shape, x), qkv, x["do"])
+        torch.autograd.grad(nsa_speed._selection(shape, x, blocks), qkv, x["do"])
+        for road in ("queries", "keys"):
+            with suppress(Exception), torch.no_grad():
+                _step(road, shape, x, blocks)()
+    elif whose == "fla_forward":
+        with torch.no_grad():
+            nsa_speed._fla_selection(shape, x, blocks.long())
+    elif whose == "fla_backward":
+        with torch.no_grad():
+            # from any output: what is wanted is the compiled kernel
+            nsa_speed._fla("parallel_nsa_bwd")(
+                q=x["q"], k=x["k"], v=x["v"], o=x["do"], do=x["do"], block_size=64,
+                lse=torch.zeros(1, 2048, 64, device="cuda"), block_indices=blocks.long(),
+                block_counts=16, scale=128**-0.5,
+            )  # fmt: skip
+    else:
+        from fla.ops.nsa.compression import parallel_nsa_compression
+        from fla.ops.utils.pooling import mean_pooling
+
+        k_cmp, v_cmp = (mean_pooling(y, 64, None) for y in qkv[1:])
+        out, lse = parallel_nsa_compression(
+            q=x["q"], k=k_cmp, v=v_cmp, TK=2048, block_size=64, scale=128**-0.5
+        )
+        torch.autograd.grad(out, qkv, x["do"])
+        with torch.no_grad():
+            nsa_speed._fla("parallel_nsa_topk")(
+                q=x["q"], k=k_cmp, lse=lse, TK=2048, block_counts=16, block_size=64,
+                scale=128**-0.5,
+            )  # fmt: skip
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "warm":
+        warm(*sys.argv[2:4])
+    else:
+        profile(json.loads(sys.argv[2]))

@@ -1,0 +1,152 @@
+"""The experiment of chapter 13: what it counts on a CPU, and what it makes of times."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from labkit import records
+from labkit.errors import ArgumentError
+from labkit.experiments import Result, nsa_speed
+from labkit.nsa import model
+from labkit.nsa.model import PATTERNS, Shape
+
+SMALL = Shape(
+    seq_len=128, heads=4, kv_heads=1, head_dim=16, block_size=16, count=4, window=32,
+    dtype="float32",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_choices_are_causal_ascending_distinct_and_hold_the_forced_ones(pattern):
+    shape = Shape(seq_len=1000, kv_heads=2, block_size=32, count=6)
+    blocks = nsa_speed.choices(shape, pattern)
+    assert blocks.shape == (1, 1000, 2, 6) and blocks.dtype == torch.int32
+    for t in (0, 31, 32, 500, 999):
+        own = t // 32
+        for head in range(2):
+            row = blocks[0, t, head].tolist()
+            real = [c for c in row if c >= 0]
+            assert row == real + [-1] * (6 - len(real))
+            assert real == sorted(set(real)) and len(real) == min(6, own + 1)
+            assert {0, own, max(0, own - 1)} <= set(real) and max(real) == own
+
+
+def test_unions_counted_are_those_of_sets_and_near_the_model():
+    shape = Shape(seq_len=2048, kv_heads=2)
+    for pattern in PATTERNS:
+        blocks = nsa_speed.choices(shape, pattern)
+        counted = nsa_speed.counted_unions(blocks, 16)
+        sets = [
+            len({c for t in range(16 * x, 16 * x + 16) for c in blocks[0, t, h].tolist()} - {-1})
+            for x in range(128) for h in range(2)
+        ]  # fmt: skip
+        assert counted == pytest.approx(sum(sets) / 256)
+        assert counted == pytest.approx(model.union_blocks(shape, 16, pattern) / 128, rel=0.05)
+
+
+def test_the_interpreter_counts_the_bytes_that_the_model_has():
+    if torch.cuda.is_available():
+        pytest.skip("bytes are counted in the interpreter")
+    result = nsa_speed.run(quick=True, device="cpu", parts=["traffic"])
+    assert result.notes == []
+    for pattern in PATTERNS:
+        blocks = nsa_speed.choices(SMALL, pattern)
+        # G = 4: 16 queries share the 64 rows of a tile
+        unions = nsa_speed.counted_unions(blocks, 16) * 128 / 16
+        kv = unions * SMALL.block_size * SMALL.key_bytes
+        assert result.value(f"counted.queries.{pattern}.kv") == kv
+        assert result.value(f"counted.keys.{pattern}.kv") == model.by_keys_bytes(SMALL)["kv"]
+    (row,) = result.select(part="traffic", road="keys", pattern="random")
+    parts = model.slots(SMALL) * SMALL.group * SMALL.v * 4
+    assert row["moved"]["parts.store"] == row["moved"]["parts.load"] == parts
+
+
+def test_crossing_is_where_the_ratio_passes_one_for_good():
+    cross = nsa_speed.crossing
+    assert cross([1024, 4096], [0.5, 2.0]) == pytest.approx(2048)
+    assert cross([4096, 1024], [2.0, 0.5]) == pytest.approx(2048), "in any order"
+    assert cross([1, 2, 4, 8], [2.0, 0.5, 0.5, 2.0]) > 4, "the last time it rises"
+    assert cross([1024, 2048], [1.5, 3.0]) == 1024
+    assert cross([1024, 2048], [0.1, 0.2]) is None
+    assert cross([], []) is None
+
+
+def made() -> Result:
+    """Times that a card might have: dense grows as T², every branch as T."""
+    result = Result()
+    for n in (2048, 8192, 32768):
+        for what, factor in (("forward", 1.0), ("backward", 2.5)):
+            dense = factor * (n / 8192) ** 2 * 2e-3
+            result.add(f"dense.{what}.n{n}", dense, "s", "made up")
+            times = {"dense": dense}
+            for who, share in (("labkit", 0.25e-3), ("fla", 1e-3)):
+                times[f"selection.{who}.random"] = factor * n / 8192 * share
+                times[f"whole.{who}.random"] = factor * n / 8192 * 2 * share
+            nsa_speed._ratios(result, times, what, n, "made up")
+            for name, share in (("selection", 0.5), ("compression", 0.3), ("gates", 0.2)):
+                seconds = factor * n / 8192 * 1e-3 * share
+                result.add(f"branch.{name}.{what}.n{n}", seconds, "s", "made up")
+    for group, seconds in ((16, 1e-3), (1, 1.5e-3)):
+        result.add(f"group.labkit.random.forward.g{group}", seconds, "s", "made up")
+    for name, power in (("torch", 2), ("fused", 1)):
+        for n in (4096, 8192, 16384):
+            result.add(f"topk.{name}.n{n}", (n / 4096) ** power, "s", "made up")
+        for s in (4, 64):
+            result.add(f"topk.{name}.s{s}", 1.0, "s", "made up")
+    nsa_speed._summarise(result)
+    return result
+
+
+def test_ratios_name_who_is_faster():
+    result = made()
+    assert result.value("selection.vs_fla.random.forward.n8192") == 0.25
+    assert result.value("selection.speedup.random.forward.n8192") == pytest.approx(8)
+    assert result.value("whole.speedup.random.backward.n2048") == pytest.approx(1)
+    assert result.value("crossover.whole.random.forward") == pytest.approx(2048)
+    assert "faster at 2048 already" in result.how("crossover.whole.random.forward")
+    assert result.value("group.ratio.random.forward.g1") == pytest.approx(1.5)
+    assert result.value("group.ratio.worst") == pytest.approx(1.5)
+    assert result.value("topk.torch.exponent") == pytest.approx(2)
+    assert result.value("topk.fused.exponent") == pytest.approx(1)
+    assert result.value("topk.torch.s_ratio") == 1
+
+
+def test_a_card_with_less_arithmetic_for_its_bandwidth_crosses_earlier():
+    result = made()
+    here = nsa_speed.crossover_on("h200", result)
+    assert here == pytest.approx(4096)
+    # the same bandwidth per SM and clock, a third of the tensor peak: dense suffers more
+    assert nsa_speed.crossover_on("a100-sxm-80", result) < here
+    with pytest.raises(ArgumentError, match="passes"):
+        nsa_speed.crossover_on("h200", result, "sideways")
+
+
+def test_profiled_kernels_become_bytes_beside_the_model():
+    result = Result()
+    kernel = {"kernel": "by_queries_kernel(x)", "dram_read": 1e9, "dram_write": 1e8,
+              "l2": 5e10, "seconds": 1e-2}  # fmt: skip
+    small = {**kernel, "kernel": "sort", "l2": 1e9, "seconds": 1e-4}
+    problem = {"seq_len": 32768, "dtype": "bfloat16"}
+    nsa_speed.add_counters(result, problem, [(("random", "queries"), [small, kernel])])
+    assert result.value("l2.queries.random") == 5.1e10
+    assert result.value("l2.queries.random.kernel") == 5e10
+    assert result.value("l2.queries.random.rate") == pytest.approx(5e12)
+    expected = sum(model.by_queries_bytes(Shape(seq_len=32768), 4).values())
+    assert result.value("model.queries.random") == pytest.approx(expected)
+    assert len(result.select(part="counters", step="queries")) == 2
+
+
+def test_a_part_that_fails_leaves_a_note(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(nsa_speed, "_patterns", broken)
+    result = nsa_speed.run(quick=True, device="cpu", parts=["patterns"])
+    assert len(result.notes) == 2 and all("no such kernel" in note for note in result.notes)
+    with pytest.raises(ArgumentError, match="part"):
+        nsa_speed.run(quick=True, device="cpu", parts=["everything"])
+
+
+def test_every_unit_is_one_that_records_know():
+    assert {made().unit(key) for key in made().results} <= set(records._BASE)
