@@ -151,11 +151,9 @@ def judge(case: Case, tensors: tuple, got: dict[str, torch.Tensor]) -> dict[str,
             rounding = torch.finfo(own.dtype).eps * max(1e-30, wanted.abs().max().item())
         error, least = (own.double() - wanted).abs(), (yardstick - wanted).abs()
         ratios = []
-        # The admitted error is a standard deviation; of n draws the largest is √(2 ln n) of them.
-        most = math.sqrt(2 * math.log(max(2, error.numel())))
-        for norm, draws in ((torch.Tensor.mean, 1.0), (torch.Tensor.max, most)):
+        for norm in (torch.Tensor.mean, torch.Tensor.max):
             allowed = FACTOR * norm(least).item() + rounding
-            allowed += 0.0 if more is None else draws * norm(more).item()
+            allowed += 0.0 if more is None else norm(more).item()
             ratios.append(norm(error).item() / allowed)
         ratio = max(ratios) if torch.isfinite(own).all() else math.inf
         shown = {"error": error.max().item(), "plain": least.max().item(), "allowed": allowed}
