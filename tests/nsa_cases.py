@@ -154,10 +154,10 @@ def rmse_ratio(ours, oracle) -> float:
     return error.item()
 
 
-def assert_close(case: Case, what: str, ours, oracle, plain, factor=2.0) -> None:
+def assert_close(case: Case, what: str, ours, oracle, plain, factor=2.0, extra=None) -> None:
     """Within twice the error of dense attention in the same dtype; in bf16 a ratio below 0.005."""
     assert_within_low_precision_error(
-        ours, oracle, plain.to(ours.dtype), factor=factor, what=f"{case} {what}"
+        ours, oracle, plain.to(ours.dtype), factor=factor, what=f"{case} {what}", extra=extra
     )
     if case.dtype == "bfloat16" and oracle.abs().max() > 0:
         ratio = rmse_ratio(ours, oracle)
@@ -198,5 +198,11 @@ def check_backward(case: Case, run, device="cpu", precision="ieee", with_dlse=Tr
     ours = run(dout, dlse, q, k, v, o, lse, chosen, call_of(case, device, precision))
     want = gradients(case, q, k, v, dout, dlse, chosen)
     plain = gradients(case, q, k, v, dout, dlse, chosen, q.dtype)
+    # dS = P (dP − δ): where a query sees one key, what is left of dP and δ is their rounding.
+    size = torch.finfo(q.dtype).eps * (dout.float().abs().max() * v.float().abs().max()).item()
+    other = {"dq": k, "dk": q}
     for name, *three in zip(("dq", "dk", "dv"), ours, want, plain, strict=True):
-        assert_close(case, name, *three, factor=3.0)
+        extra = None
+        if name in other and case.dtype == "float32":
+            extra = size * other[name].abs().max() * torch.ones_like(three[0])
+        assert_close(case, name, *three, factor=3.0, extra=extra)

@@ -27,7 +27,7 @@ import triton.language as tl
 from labkit.kernels.runtime import backend
 from labkit.nsa.call import Call
 
-__all__ = ["block_rows", "by_block", "find_sequence", "parts", "unions"]
+__all__ = ["block_rows", "by_block", "by_slot", "find_sequence", "parts", "unions"]
 
 _UNUSED = tl.constexpr(2**31 - 1)
 
@@ -198,12 +198,15 @@ def unions(
 
 @triton.jit
 def keys_kernel(
-    chosen, keys, cu, cu_blocks, stride_cb, stride_cm, stride_ch, stride_cs,
+    chosen, keys, used, cu, cu_blocks, stride_cb, stride_cm, stride_ch, stride_cs,
     heads, Nq, offset, slots, chunk, chunks, rows, shift, total,
     BLOCK: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
     VARLEN: tl.constexpr, STEPS: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
-    """(list · (rows + 1) + block) of each choice; row ``rows`` takes those that do not count."""
+    """(list · (rows + 1) + block) of each choice; row ``rows`` takes those that do not count.
+
+    ``used`` says of each choice whether it counts.
+    """
     x = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [batch, head, chunk, query]
     i, bh = (x % (chunk * chunks)).to(tl.int32), x // (chunk * chunks)
     there = (x < total) & (i < Nq)
@@ -225,13 +228,14 @@ def keys_kernel(
         fine &= (slot <= other)[None, :] | (block != named[:, None])
     list_ = x // chunk
     key = list_[:, None] * (rows + 1) + tl.where(fine, block + first[:, None], rows)
-    tl.store(keys + x[:, None] * slots + slot[None, :], key - shift,
-             mask=(x < total)[:, None] & (slot < slots)[None, :])  # fmt: skip
+    to, inside = x[:, None] * slots + slot[None, :], (x < total)[:, None] & (slot < slots)[None, :]
+    tl.store(keys + to, key - shift, mask=inside)
+    tl.store(used + to, fine.to(tl.int8), mask=inside)
 
 
 @triton.jit
 def order_kernel(
-    keys, places, order, slots, each, rows, shift, total, chunk, chunks,
+    keys, places, order, slots, each, rows, shift, total, chunks,
     QUERIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From places in the sorted list to queries (or slots): −1 for choices that do not count."""
@@ -245,12 +249,7 @@ def order_kernel(
 
 
 def by_block(
-    block_indices: torch.Tensor,
-    call: Call,
-    n_k: int,
-    *,
-    chunk: int | None = None,
-    slots: bool = False,
+    block_indices: torch.Tensor, call: Call, n_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For each block the queries that chose it, ascending.
 
@@ -258,63 +257,73 @@ def by_block(
     ----------
     block_indices : ``[B, M, H, S]`` int32 or int64, −1 for an unused slot.
     n_k : keys in all.
-    chunk : cut the queries into ranges of this many, with lists of their own; None: one range.
-    slots : give query · S + slot in place of the query's number.
 
     Returns
     -------
-    order : ``[B, H, M · S]`` int32, list after list; the tail of unused slots holds −1.  With
-        ``chunk``: ``[B, H, chunks, chunk · S]``.
+    order : ``[B, H, M · S]`` int32, list after list; the tail of unused slots holds −1.
     starts : ``[B, H, blocks + 1]`` int32: block c's list is ``order[starts[c]:starts[c + 1]]``.
-        With ``chunk``: ``[B, H, chunks, blocks + 1]``.
+        With varlen block c of sequence s stands in row ``cu_blocks[s] + c``.
+    """
+    order, starts, _ = _turned(block_indices, call, n_k, block_indices.shape[1], queries=True)
+    return order[:, :, 0], starts[:, :, 0]
 
-    Notes
-    -----
-    A stable sort by block leaves queries of one block in order.  Keys that fit are kept in 16
-    bits: a radix sort passes over them half as often.  With varlen block c of sequence s stands
-    in row ``cu_blocks[s] + c``.
+
+def by_slot(
+    block_indices: torch.Tensor, call: Call, n_k: int, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same for ranges of ``chunk`` queries, naming the slot as well.
+
+    Returns
+    -------
+    order : ``[B, H, chunks, chunk · S]`` int32: query · S + slot, list after list, then −1.
+    starts : ``[B, H, chunks, blocks + 1]`` int32.
+    used : ``[B, H, chunks, chunk · S]`` int8: 1 where the slot of the query holds a choice that
+        counts.
+    """
+    return _turned(block_indices, call, n_k, chunk, queries=False)
+
+
+def _turned(block_indices, call: Call, n_k: int, chunk: int, *, queries: bool):
+    """A stable sort by block leaves the queries of one block in order.
+
+    Keys that fit are kept in 16 bits: a radix sort passes over them half as often.
     """
     b, m, h, s = block_indices.shape
     rows = block_rows(call, n_k)
-    length = chunk or m
-    chunks = max(1, -(-m // max(1, length)))
-    lists, each = b * h * chunks, length * s
+    chunks = max(1, -(-m // max(1, chunk)))
+    lists, each = b * h * chunks, chunk * s
     new, device = block_indices.new_empty, block_indices.device
     order = new((b, h, chunks, each), dtype=torch.int32)
-    starts = new((b, h, chunks, rows + 1), dtype=torch.int32)
+    used = new((b, h, chunks, each), dtype=torch.int8)
     total = order.numel()
     if total == 0:
-        starts.zero_()
-    else:
-        highest = lists * (rows + 1)
-        dtype, shift = torch.int64, 0
-        if highest <= 2**16:
-            dtype, shift = torch.int16, 2**15
-        elif highest < 2**31:
-            dtype = torch.int32
-        keys = new((total,), dtype=dtype)
-        wide = triton.next_power_of_2(s)
-        tall = max(1, min(4096 if backend() == "interpreter" else 1024, 2**16) // wide)
-        keys_kernel[(triton.cdiv(total // s, tall),)](
-            block_indices, keys, call.cu, call.cu_blocks, *block_indices.stride(),
-            h, m, 0 if call.cu is not None else call.offset, s, length, chunks, rows, shift,
-            total // s, BLOCK=call.block_size, SLOTS=wide, ROWS=tall,
-            VARLEN=call.cu is not None, STEPS=steps_for(call), SEQUENCES=call.sequences or 1,
-            num_warps=4,
-        )  # fmt: skip
-        keys, places = torch.sort(keys, stable=True)
-        order_kernel[(triton.cdiv(total, 1024),)](
-            keys, places, order, s, each, rows, shift, total, length, chunks,
-            QUERIES=not slots, BLOCK=1024, num_warps=4,
-        )  # fmt: skip
-        first = torch.arange(lists, device=device, dtype=torch.int64)[:, None] * (rows + 1)
-        wanted = first + torch.arange(rows + 1, device=device) - shift
-        starts = torch.searchsorted(keys, wanted.to(dtype), out_int32=True)
-        begin = torch.arange(lists, device=device, dtype=torch.int32)[:, None] * each
-        starts = (starts - begin).view(b, h, chunks, rows + 1)
-    if chunk is None:
-        return order.view(b, h, each), starts.view(b, h, rows + 1)
-    return order, starts
+        return order, new((b, h, chunks, rows + 1), dtype=torch.int32).zero_(), used
+    highest = lists * (rows + 1)
+    dtype, shift = torch.int64, 0
+    if highest <= 2**16:
+        dtype, shift = torch.int16, 2**15
+    elif highest < 2**31:
+        dtype = torch.int32
+    keys = new((total,), dtype=dtype)
+    wide = triton.next_power_of_2(s)
+    tall = max(1, (2**14 if backend() == "interpreter" else 1024) // wide)
+    keys_kernel[(triton.cdiv(total // s, tall),)](
+        block_indices, keys, used, call.cu, call.cu_blocks, *block_indices.stride(),
+        h, m, 0 if call.cu is not None else call.offset, s, chunk, chunks, rows, shift,
+        total // s, BLOCK=call.block_size, SLOTS=wide, ROWS=tall,
+        VARLEN=call.cu is not None, STEPS=steps_for(call), SEQUENCES=call.sequences or 1,
+        num_warps=4,
+    )  # fmt: skip
+    keys, places = torch.sort(keys, stable=True)
+    order_kernel[(triton.cdiv(total, 1024),)](
+        keys, places, order, s, each, rows, shift, total, chunks,
+        QUERIES=queries, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    first = torch.arange(lists, device=device, dtype=torch.int64)[:, None] * (rows + 1)
+    wanted = first + torch.arange(rows + 1, device=device) - shift
+    starts = torch.searchsorted(keys, wanted.to(dtype), out_int32=True)
+    begin = torch.arange(lists, device=device, dtype=torch.int32)[:, None] * each
+    return order, (starts - begin).view(b, h, chunks, rows + 1), used
 
 
 def parts(starts: torch.Tensor, size: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:

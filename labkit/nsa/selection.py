@@ -54,7 +54,7 @@ _BY_QUERIES_FROM = 16
 _FEW = 1024
 
 
-# -- tiles that several kernels of this package share ------------------------------------------------
+# -- tiles that several kernels of this package share --------------------------------------------
 
 
 @triton.jit
@@ -243,9 +243,7 @@ def queries_per_tile(group: int, rows: int) -> int:
 
 def is_wide(rows: int, *tensors: torch.Tensor) -> bool:
     """Whether an offset inside a tile of ``rows`` tokens can exceed 32 bits."""
-    return any(
-        rows * abs(x.stride(1)) + x.shape[3] * abs(x.stride(3)) >= 2**31 for x in tensors
-    )
+    return any(rows * abs(x.stride(1)) + x.shape[3] * abs(x.stride(3)) >= 2**31 for x in tensors)
 
 
 def has_tail(call: Call) -> bool:
@@ -289,7 +287,8 @@ class _ByQueries:
             dict(GROUP=group, PADDED=rounded, QUERIES=self.queries, D=d, DV=dv, BLOCK_D=width(q),
                  BLOCK_DV=width(v), BLOCK=call.block_size,
                  BLOCK_N=keys, PER=max(1, keys // call.block_size),
-                 STEPS=triton.cdiv(call.block_size, keys), VARLEN=call.cu is not None, TAIL=has_tail(call),
+                 STEPS=triton.cdiv(call.block_size, keys),
+                 VARLEN=call.cu is not None, TAIL=has_tail(call),
                  WIDE=is_wide(c.block_n, k, v), PRECISION=call.precision),
             c,
         )  # fmt: skip
