@@ -657,7 +657,7 @@ def _roads(result: Result, plan: dict[str, Any], device: str, item: tuple[int, s
             road: functools.partial(
                 selection_backward.backward, do, None, q, k, v, o, lse, blocks, call, road=road
             )
-            for road in ROADS
+            for road in ROADS[1:]  # there is no stock backward pass by queries
         }
         for what, functions in (("forward", forward), ("backward", backward)):
             labels = {"part": "roads", "seq_len": n, "pattern": pattern, "pass": what}

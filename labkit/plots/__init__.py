@@ -41,6 +41,15 @@ from labkit.plots.hierarchy import (
     reuse,
 )
 from labkit.plots.memory import memory_bars, timeline
+from labkit.plots.nsa_speed import (
+    nsa_branches,
+    nsa_bytes,
+    nsa_choices,
+    nsa_crossover,
+    nsa_groups,
+    nsa_topk,
+    nsa_unions,
+)
 from labkit.plots.online import error_by_length, order_spread, running_state
 from labkit.plots.rooflines import dram_ledger, intensity_limits, roofline, time_bounds
 from labkit.plots.style import DARK, LIGHT, Theme, theme, use_style
@@ -78,6 +87,13 @@ __all__ = [
     "longest_lengths",
     "loop_orders",
     "memory_bars",
+    "nsa_branches",
+    "nsa_bytes",
+    "nsa_choices",
+    "nsa_crossover",
+    "nsa_groups",
+    "nsa_topk",
+    "nsa_unions",
     "order_bars",
     "order_spread",
     "reuse",
