@@ -21,7 +21,7 @@ from labkit.errors import LabError
 
 __all__ = ["ExerciseFailed", "Unanswered", "call", "exercise", "expect", "expect_number"]
 
-_CHAPTERS = frozenset({"ch01", "ch02", "ch03", "ch04", "ch05", "ch06", "ch07", "ch08", "ch09"})
+_CHAPTERS = frozenset(f"ch{number:02d}" for number in (*range(1, 10), *range(12, 16)))
 
 
 class ExerciseFailed(LabError, AssertionError):
