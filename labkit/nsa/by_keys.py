@@ -15,8 +15,8 @@ once, and a part written and read once, for each of its choices.
 
 A list as long as the sequence (everybody's block) is cut into pieces of equal size, so that no
 program works long after the others.  Parts of all queries at once would fill the card's memory:
-the batch is taken in groups of lists whose parts fit into :data:`WORKSPACE` bytes.  Results do not
-depend on the grouping, for no sum crosses it.
+the batch is taken in groups of lists whose parts fit into :data:`WORKSPACE` bytes; a list that is
+too long for that is made for ranges of queries.  No sum crosses a group.
 
 Taught in chapter 13 (the kernels of sparse attention).
 """
@@ -48,6 +48,8 @@ LOG2E = math.log2(math.e)
 WORKSPACE = 2**30
 #: rows (queries × padded group) of one piece of a block's list: some sixty tiles
 PIECE = 4096
+#: queries of a range, at least: what is shorter would not fill the card
+RANGE = 256
 
 
 # -- one block, or a part of it, and one piece of its list -----------------------------------------
@@ -263,7 +265,7 @@ def turn(
         return steps * (queries * s * group * bytes_of_row + pieces * bytes_of_part)
 
     chunk = m
-    while chunk > 256 and needs(chunk) > workspace:
+    while chunk > RANGE and needs(chunk) > workspace:
         chunk = -(-chunk // 2)
     order, starts, used = lists.by_slot(block_indices, call, n_k, chunk)
     owner, first = lists.parts(starts, size, chunk * s)

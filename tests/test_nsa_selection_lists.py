@@ -1,0 +1,144 @@
+"""Who chose what: the unions and the turned lists against Python's dictionaries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nsa_cases import Case, call_of, choose, offsets, positions
+
+from labkit.nsa import lists
+
+GPU = torch.cuda.is_available()
+
+CASES = [
+    Case(1, slots=1), Case(7, slots=3, heads=2), Case(64, 114, slots=4, pattern="messy"),
+    Case(130, slots=3, block=32, batch=2, heads=2, pattern="messy"),
+    Case(40, pattern="nothing"), Case(33, pattern="first", slots=2), Case(65, slots=5, block=64),
+    Case(130, lengths=(5, 0, 60, 1, 64), slots=4, heads=2, pattern="messy"),
+]  # fmt: skip
+
+
+def counted(case: Case, chosen) -> list[list[list[dict[int, int]]]]:
+    """Per batch, head and query: block → the first slot that names it, of those that count."""
+    own = (positions(case) // case.block).tolist()
+    out = []
+    for rows in chosen.cpu().tolist():
+        heads = []
+        for h in range(case.heads):
+            picks = []
+            for i, row in enumerate(rows):
+                pick = {}
+                for slot, block in enumerate(row[h]):
+                    if 0 <= block <= own[i]:
+                        pick.setdefault(block, slot)
+                picks.append(pick)
+            heads.append(picks)
+        out.append(heads)
+    return out
+
+
+def sequences(case: Case) -> list[tuple[int, int, int]]:
+    """First query, one past the last, and first block of each sequence."""
+    if case.lengths is None:
+        return [(0, case.m, 0)]
+    ends, blocks = offsets(case.lengths).tolist(), offsets(case.lengths, block=case.block).tolist()
+    return list(zip(ends, ends[1:], blocks, strict=False))
+
+
+def keys(case: Case) -> int:
+    return case.n or case.m
+
+
+@pytest.mark.parametrize("tile", [1, 4, 32])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_union_holds_each_chosen_block_once_and_names_who_chose_it(case, tile, device):
+    torch.manual_seed(1)
+    chosen, call = choose(case, device), call_of(case, device)
+    blocks, members, counts = (x.tolist() for x in lists.unions(chosen, tile, call, keys(case)))
+    for b, picks in enumerate(counted(case, chosen)):
+        for h, picks_h in enumerate(picks):
+            x = 0
+            for begin, end, _ in sequences(case):
+                for first in range(begin, begin + call.max_q, tile):
+                    want: dict[int, int] = {}
+                    for i in range(first, min(first + tile, end)):
+                        for block in picks_h[i]:
+                            want[block] = want.get(block, 0) | 1 << (i - first)
+                    n = counts[b][h][x]
+                    assert blocks[b][h][x][:n] == sorted(want)
+                    got = [m % 2**32 for m in members[b][h][x]]
+                    assert got[:n] == [want[c] for c in sorted(want)]
+                    assert set(blocks[b][h][x][n:]) <= {-1} and set(got[n:]) <= {0}
+                    x += 1
+            assert x == len(counts[b][h])
+
+
+def turned(case: Case, picks, row: int, first: int = 0, last: int = 10**9, *, slots=False):
+    """Queries ``first … last`` that chose the block of table row ``row``, ascending."""
+    for begin, end, block in sequences(case):
+        for i in range(max(begin, first), min(end, last)):
+            slot = picks[i].get(row - block)
+            if slot is not None and row >= block:
+                yield i * case.slots + slot if slots else i
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_each_block_lists_its_queries_in_order(case, dtype, device):
+    torch.manual_seed(2)
+    chosen, call = choose(case, device).to(dtype), call_of(case, device)
+    order, starts = (x.tolist() for x in lists.by_block(chosen, call, keys(case)))
+    rows = lists.block_rows(call, keys(case))
+    assert rows >= sum(-(-n // case.block) for n in case.lengths or [keys(case)])
+    for b, picks in enumerate(counted(case, chosen)):
+        for h, picks_h in enumerate(picks):
+            at = starts[b][h]
+            assert len(at) == rows + 1 and at[0] == 0
+            for row in range(rows):
+                assert order[b][h][at[row] : at[row + 1]] == list(turned(case, picks_h, row))
+            assert set(order[b][h][at[rows] :]) <= {-1}
+            assert len(order[b][h]) == case.m * case.slots
+
+
+@pytest.mark.parametrize("chunk", [16, 50, 1000])
+def test_ranges_of_queries_have_lists_of_their_own_and_name_the_slots(chunk, device):
+    torch.manual_seed(3)
+    for case in (CASES[3], CASES[7]):
+        chosen, call = choose(case, device), call_of(case, device)
+        length = min(chunk, case.m)
+        order, starts, used = lists.by_slot(chosen, call, keys(case), length)
+        for b, picks in enumerate(counted(case, chosen)):
+            for h, picks_h in enumerate(picks):
+                for r in range(starts.shape[2]):
+                    at = starts[b, h, r].tolist()
+                    found = order[b, h, r].tolist()
+                    for row in range(len(at) - 1):
+                        want = turned(case, picks_h, row, r * length, (r + 1) * length, slots=True)
+                        assert found[at[row] : at[row + 1]] == list(want)
+                    flags = torch.zeros(length * case.slots, dtype=torch.int8)
+                    flags[[x - r * length * case.slots for x in found[: at[-1]]]] = 1
+                    assert torch.equal(used[b, h, r].cpu(), flags)
+
+
+def test_every_list_is_cut_into_pieces_that_cover_it_once(device):
+    starts = torch.tensor([[0, 5, 5, 21, 22], [0, 0, 0, 0, 24]], dtype=torch.int32, device=device)
+    owner, first = lists.parts(starts, 8, 24)
+    assert first.tolist() == [[0, 1, 1, 3, 4], [0, 0, 0, 0, 3]]
+    assert owner.tolist() == [[0, 2, 2, 3, 4, 4, 4], [3, 3, 3, 4, 4, 4, 4]]
+    assert owner.dtype == first.dtype == torch.int32
+
+
+@pytest.mark.gpu
+def test_lists_never_wait_for_the_host():
+    case = Case(4096, heads=4, slots=16, block=64)
+    chosen, call = choose(case, "cuda"), call_of(case, "cuda")
+    lists.unions(chosen, 16, call, case.m), lists.by_block(chosen, call, case.m)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        union = lists.unions(chosen, 16, call, case.m)
+        order, starts = lists.by_block(chosen, call, case.m)
+        lists.parts(starts, 64, case.m * case.slots)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert int(union[2].max()) > 0 and int(order.max()) == case.m - 1
