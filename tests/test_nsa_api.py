@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 from flash_cases import poisoned
+from nsa_layers import BRANCHES, NAMES, SMALL, alone, assert_layer_right, grads, problem
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,67 +26,7 @@ from labkit.nsa import (
     pool_mean,
     select_blocks,
 )
-from labkit.nsa.semantics import FORCED
-
-GPU = torch.cuda.is_available()
-NAMES = ("dq", "dk", "dv", "dg_cmp", "dg_slc", "dg_swa")
-BRANCHES = ("compression", "selection", "window")
-
-
-def problem(device, *, b=1, m=50, n=None, hq=4, h=2, d=16, dv=24, dtype=torch.float32, seed=0):
-    """q, k, v, three gates and dO; strided as a model's projections are."""
-    generator = torch.Generator().manual_seed(seed)
-    n = m if n is None else n
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator).to(dtype).to(device)
-
-    q, k = normal(b, m, hq, d), normal(b, h, n, d).transpose(1, 2)
-    v = normal(b, n, h, 2, dv)[:, :, :, 1]
-    g = torch.rand(b, m, 3, hq, generator=generator).to(dtype).to(device).unbind(2)
-    return (q, k, v, *g), normal(b, m, hq, dv)
-
-
-def grads(function, tensors, dout):
-    """o and the gradient of everything that has one."""
-    leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
-    o = function(*leaves)
-    used = [x for x in leaves if x is not None]
-    return [o.detach(), *torch.autograd.grad(o, used, dout)]
-
-
-def assert_layer_right(tensors, dout, cu=None, **options):
-    """nsa_func, forward and every gradient, within twice what plain attention errs."""
-    with poisoned():
-        ours = grads(lambda *x: nsa_func(*x, cu_seqlens=cu, **options), tensors, dout)
-        _, found = nsa_func(*tensors, cu_seqlens=cu, return_attn_weights=True, **options)
-    blocks = found["compression"]["block_indices"]
-    fixed = {"block_indices": blocks, "block_size": options["block_size"], "cu_seqlens": cu,
-             "window_size": options["window_size"], "scale": options.get("scale")}  # fmt: skip
-
-    def dense(*x):
-        x = [y if y is None else y * 1 for y in x]
-        return nsa_oracle.layer(*x, **fixed) + 0 * sum(y.sum() for y in x if y is not None)
-
-    exact = [None if x is None else x.double() for x in tensors]
-    true, plain = grads(dense, exact, dout.double()), grads(dense, tensors, dout)
-    names = ["o", *(n for n, x in zip(NAMES, tensors, strict=True) if x is not None)]
-    for name, a, b, c in zip(names, ours, true, plain, strict=True):
-        oracle.assert_within_low_precision_error(a, b, c, what=name, extra=1e-6 * b.abs() + 2e-7)
-    if blocks is not None:
-        count = options["block_counts"]
-        _, score = nsa_oracle.choice(
-            exact[0], exact[1], block_counts=count, block_size=options["block_size"],
-            forced=options.get("forced", FORCED), cu_seqlens=cu,
-        )  # fmt: skip
-        nsa_oracle.assert_choice_is_best(
-            blocks, score, block_size=options["block_size"], block_counts=count,
-            forced=options.get("forced", FORCED), cu_seqlens=cu, tolerance=1e-5,
-        )  # fmt: skip
-    return found
-
-
-SMALL = {"block_counts": 2, "block_size": 16, "window_size": 9}
+from labkit.nsa.call import Call
 
 
 def test_the_whole_is_the_dense_formula(device):
@@ -138,12 +79,6 @@ def test_half_precision_with_gates_in_float32(device):
 def test_the_whole_in_every_dtype(m, dtype):
     tensors, dout = problem("cuda", b=2, m=m, hq=16, h=2, d=64, dv=64, dtype=dtype)
     assert_layer_right(tensors, dout, block_counts=4, block_size=64, window_size=100)
-
-
-def alone(tensors, branch):
-    """The tensors of nsa_func with one gate, and the other branches off."""
-    gates = zip(BRANCHES, tensors[3:], strict=True)
-    return [*tensors[:3], *(gate if name == branch else None for name, gate in gates)]
 
 
 # -- branches alone ------------------------------------------------------------------------------
@@ -318,10 +253,9 @@ def test_a_nan_stays_in_its_row(device):
 # -- torch's tools -------------------------------------------------------------------------------
 
 
-def operator_arguments(device, grad=False, **changes):
+def operator_arguments(device, grad=False):
     (q, k, v, *_), _ = problem(device, m=20, d=16, dv=24)
-    call = ops.Call(scale=0.25, block_size=16, length=8, stride=4, count=2, max_q=20, max_k=20)
-    call = ops.replace(call, **changes)
+    call = Call(scale=0.25, block_size=16, length=8, stride=4, count=2, max_q=20, max_k=20)
     q, k, v = (x.contiguous().requires_grad_(grad) for x in (q, k, v))
     blocks = torch.zeros(1, 20, 2, 2, dtype=torch.int32, device=device)
     pooled = [pool_mean(x.detach(), 8, 4).requires_grad_(grad) for x in (k, v)]
