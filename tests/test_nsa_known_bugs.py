@@ -83,9 +83,7 @@ def test_a_sequence_without_a_complete_block_gives_no_nan(lengths, device):
     for a, b in pairwise(cu.tolist()):
         assert torch.isneginf(lse[:, :, a : min(b, a + 15)]).all()
         assert (o[:, a : min(b, a + 15)] == 0).all()
-    short = torch.cat(
-        [torch.arange(a, min(b, a + 15)) for a, b in zip(cu[:-1], cu[1:], strict=True)]
-    )
+    short = torch.cat([torch.arange(a, min(b, a + 15)) for a, b in pairwise(cu.tolist())])
     grad = torch.autograd.grad(o, q, dout)[0]
     assert (grad[:, short] == 0).all(), "a query that sees no block has no gradient"
 
@@ -132,7 +130,7 @@ def test_the_whole_is_faster_than_dense_from_16k():
     with torch.no_grad():
         sparse = time_fn(lambda: nsa_func(q, k, v, *gates))
         dense = time_fn(lambda: attention(*heads_first, is_causal=True, enable_gqa=True))
-    assert sparse.median < dense.median, (sparse, dense)
+    assert sparse.median_ms < dense.median_ms, (sparse, dense)
 
 
 def test_the_lse_is_heads_first_and_another_layout_is_refused(device):
