@@ -189,7 +189,7 @@ def forward_kernel(
     place, head, start, start_c, Nq, C = sequence_of(bh, heads, Nq, C, cu, cu_cmp, VARLEN)
     TOKENS: tl.constexpr = BLOCK_M // HEADS
     first = tile * TOKENS
-    if VARLEN:
+    if VARLEN:  # noqa: SIM102: one is decided by the compiler, the other by the program
         if first >= Nq:
             return
 
@@ -326,7 +326,7 @@ def dq_kernel(
     place, head, start, start_c, Nq, C = sequence_of(bh, heads, Nq, C, cu, cu_cmp, VARLEN)
     TOKENS: tl.constexpr = BLOCK_M // HEADS
     first = tile * TOKENS
-    if VARLEN:
+    if VARLEN:  # noqa: SIM102: one is decided by the compiler, the other by the program
         if first >= Nq:
             return
     Q = load_rows(
@@ -343,7 +343,7 @@ def dq_kernel(
     delta_i = load_numbers(
         delta, place, start, head, first, Nq, M, heads, 0.0, BLOCK_M, HEADS, GROUP, True
     )
-    token, g = rows_of(first, BLOCK_M, HEADS)
+    token, _ = rows_of(first, BLOCK_M, HEADS)
     sees = visible(token + offset, C, LENGTH, STRIDE)
     full = visible(first + offset, C, LENGTH, STRIDE) // BLOCK_N * BLOCK_N
     hi = visible(tl.minimum(first + TOKENS, Nq) - 1 + offset, C, LENGTH, STRIDE)
@@ -393,7 +393,7 @@ def _gather_dkdv(
         )  # fmt: skip
         st = tl.dot(K, Q.T, input_precision=PRECISION)  # Sᵀ
         if MASKED:
-            token, g = rows_of(first, BLOCK_M, HEADS)
+            token, _ = rows_of(first, BLOCK_M, HEADS)
             sees = visible(token + offset, C, LENGTH, STRIDE)
             st = tl.where(j[:, None] < sees[None, :], st, float("-inf"))
         base_i = load_numbers(

@@ -107,6 +107,18 @@ def _merge(x, y, LOG: tl.constexpr, COUNT: tl.constexpr, INTERPRETED: tl.constex
     return x
 
 
+@triton.jit
+def _spread(x, WIDTH: tl.constexpr, TOKENS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x itself, but each element held by one thread.
+
+    A sum over rows of a product leaves its result with every thread that had a part in it: eight
+    threads would sort the same list.  Triton gives a gather a layout of its own, without copies.
+    """
+    if not INTERPRETED:
+        x = tl.gather(x, tl.broadcast_to(tl.arange(0, WIDTH)[None, :], TOKENS, WIDTH), 1)
+    return x
+
+
 # -- the kernel -----------------------------------------------------------------------------------
 
 
@@ -142,8 +154,8 @@ def _probabilities(
 def _importance(
     Q, k, base, sees, j, k_offset, C, c, scale, stride_kn, stride_kd,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, REACH: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
+    REACH: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """I ``[tokens, blocks]`` of the selection blocks ``j``, summed over the heads of the group."""
     if REACH == 1 and LENGTH == BLOCK and STRIDE == BLOCK:  # block j is compressed key j
@@ -183,8 +195,10 @@ def _take(
         j = first + tl.arange(0, BLOCK_N)
         score = _importance(
             Q, k, base, sees, j, k_offset, C, c, scale, stride_kn, stride_kd,
-            TOKENS, HEADS, D, BLOCK_D, BLOCK_N, BLOCK, LENGTH, STRIDE, REACH, WIDE, PRECISION, MASKED,
+            TOKENS, HEADS, D, BLOCK_D, BLOCK_N, BLOCK, LENGTH, STRIDE, REACH,
+            WIDE, PRECISION, MASKED,
         )  # fmt: skip
+        score = _spread(score, BLOCK_N, TOKENS, INTERPRETED)
         # A score that is no number counts as a very high one: it shows.
         score = tl.where(score < 1e30, score, 1e30)
         bits = score.to(tl.int32, bitcast=True)
@@ -219,7 +233,7 @@ def select_kernel(
     place, head, start, start_c, Nq, C = sequence_of(bh, heads, Nq, C, cu, cu_cmp, VARLEN)
     TOKENS: tl.constexpr = BLOCK_M // HEADS
     first = tile * TOKENS
-    if VARLEN:
+    if VARLEN:  # noqa: SIM102: one is decided by the compiler, the other by the program
         if first >= Nq:
             return
 
