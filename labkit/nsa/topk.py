@@ -233,8 +233,9 @@ def select_kernel(
     place, head, start, start_c, Nq, C = sequence_of(bh, heads, Nq, C, cu, cu_cmp, VARLEN)
     TOKENS: tl.constexpr = BLOCK_M // HEADS
     first = tile * TOKENS
-    if VARLEN:  # noqa: SIM102: one is decided by the compiler, the other by the program
-        if first >= Nq:
+    if VARLEN:
+        beyond = first >= Nq  # there are tiles for the longest sequence
+        if beyond:
             return
 
     # -- Q and LSE: once -------------------------------------------------------------------------
