@@ -24,6 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
+from labkit.flash.launch import Launcher
+from labkit.flash.tuning import Config
 from labkit.kernels.runtime import backend
 from labkit.nsa.call import Call
 
@@ -63,7 +65,18 @@ def steps_for(call: Call) -> int:
     return 0 if call.cu is None else max(1, (call.sequences - 1).bit_length())
 
 
+def plan_key(call: Call, *tensors: torch.Tensor) -> tuple:
+    """What a launch depends on: all but the numbers in the tensors."""
+    parts = [call.scale, call.precision, call.block_size, call.max_q, call.max_k, call.sequences]
+    for x in tensors:
+        # Triton compiles for the alignment of each pointer.
+        parts += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
+    return tuple(parts)
+
+
 # -- unions of neighbours ------------------------------------------------------------------------
+
+_launchers: dict[tuple, Launcher] = {}
 
 
 @triton.jit
@@ -180,16 +193,24 @@ def unions(
     total = counts.numel()
     if total == 0 or s == 0:
         return blocks.fill_(-1), members.zero_(), counts.zero_()
-    log = max(1, (tile * s - 1).bit_length())
-    interpreted = backend() == "interpreter"
-    together = 32 if interpreted else 1
-    unions_kernel[(triton.cdiv(total, together),)](
-        block_indices, blocks, members, counts, call.cu, *block_indices.stride(),
-        h, call.max_q, call.offset, tiles, total, s, cap,
-        BLOCK=call.block_size, TILE=tile, LOG=log, TILES=together,
-        VARLEN=call.cu is not None, INTERPRETED=interpreted,
-        num_warps=min(8, max(1, 2**log // 256)),
-    )  # fmt: skip
+    key = (tile, *plan_key(call, block_indices))
+    launch = _launchers.get(key)
+    if launch is None:
+        log = max(1, (tile * s - 1).bit_length())
+        interpreted = backend() == "interpreter"
+        together = 32 if interpreted else 1
+        launch = Launcher(
+            unions_kernel,
+            (triton.cdiv(total, together),),
+            (*block_indices.stride(), h, call.max_q, call.offset, tiles, total, s, cap),
+            dict(BLOCK=call.block_size, TILE=tile, LOG=log, TILES=together,
+                 VARLEN=call.cu is not None, INTERPRETED=interpreted),
+            Config(tile, 0, min(8, max(1, 2**log // 256)), 1),
+        )  # fmt: skip
+        if len(_launchers) > 2000:  # shapes that never come back
+            _launchers.clear()
+        _launchers[key] = launch
+    launch(block_indices, blocks, members, counts, call.cu)
     return blocks, members, counts
 
 

@@ -214,15 +214,6 @@ def remembered(key: tuple, configs: Sequence[Config], make: Callable[[Config], A
     raise AssertionError("no configuration")
 
 
-def plan_key(call: Call, *tensors: torch.Tensor) -> tuple:
-    """What a plan depends on."""
-    parts = [call.scale, call.precision, call.block_size, call.max_q, call.max_k, call.sequences]
-    for x in tensors:
-        # Triton compiles for the alignment of each pointer.
-        parts += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
-    return tuple(parts)
-
-
 def width(x: torch.Tensor) -> int:
     """Columns of a tile: head_dim rounded up to a power of two.
 
@@ -317,7 +308,7 @@ def by_queries(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """O and LSE along the unions of neighbouring queries; arguments as for :func:`forward`."""
     check_can_launch("nsa_selected_attention", q, k, v, block_indices)
-    key = ("by_queries", *plan_key(call, q, k, v), block_indices.shape[3])
+    key = ("by_queries", *lists.plan_key(call, q, k, v), block_indices.shape[3])
     return remembered(
         key, _configs(q, v), lambda c: _ByQueries(q, k, v, block_indices, call, c),
         q, k, v, block_indices, call,
