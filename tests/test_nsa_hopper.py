@@ -1,0 +1,172 @@
+"""The forward kernel written by hand for Hopper: compiled here without a card, right on one.
+
+Only the compiler's log says whether it is worth having (products made to wait for each other,
+registers spilled), so the binary is read.  What it computes is judged on a Hopper card.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from labkit.nsa import hopper
+from labkit.nsa.call import Call
+
+CALL = Call(scale=0.1, max_q=300, max_k=300)
+
+# -- without a card ------------------------------------------------------------------------------
+
+#: compiles what ``forward`` would launch, on empty CPU tensors: a plan, stopped after compiling
+CHILD = """
+import json, sys, torch
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from labkit.flash import _resources_child as child
+from labkit.nsa import hopper
+from labkit.nsa.call import Call
+JITFunction.run = child._compile_only
+child.wanted.add("forward_kernel")
+driver.set_active(child.Elsewhere(90))
+for d, index, group, block, varlen in json.load(sys.stdin):
+    child.compiled.clear()
+    q, k = (torch.empty(1, 300, h, d, dtype=torch.bfloat16) for h in (2 * group, 2))
+    cu = torch.tensor([0, 100, 300], dtype=torch.int32) if varlen else None
+    call = Call(scale=0.1, block_size=block, max_q=300, max_k=300, cu=cu)
+    union = [torch.empty(1, 2, 40, 5, dtype=torch.int32) for _ in range(3)]
+    config = hopper.CONFIGS[d][index]
+    lse = torch.empty(1, 2 * group, 300)
+    hopper._Plan(q, k, k, q, call, 5, config)(q, k, k, q, lse, union, call)
+    kernel = child.compiled[-1][1]
+    usage, sass = child._read_binary(kernel.asm["cubin"], True)
+    print(json.dumps([usage, sass, kernel.metadata.shared]))
+"""
+
+#: (head_dim, number of the configuration, group, block_size, varlen)
+WANTED = [(d, i, 16, 64, False) for d, known in hopper.CONFIGS.items() for i in range(len(known))]
+WANTED += [(128, 0, 16, 64, True), (128, 0, 8, 128, False)]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """{what was wanted: (usage, SASS, bytes of shared memory)}."""
+    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], input=json.dumps(WANTED), capture_output=True, text=True,
+        env=env, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(zip(WANTED, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.slow
+def test_every_configuration_fits_the_card(compiled):
+    for name, (usage, _, shared) in compiled.items():
+        numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+        config = hopper.CONFIGS[name[0]][name[1]]
+        groups, registers, loader = hopper._GROUPS[config.by_hand]
+        assert shared <= 227 * 1024, name
+        assert int(numbers["STACK"]) + int(numbers["LOCAL"]) == 0, f"{name}: spills"
+        # what every warp starts with; the groups then divide the multiprocessor among themselves
+        assert int(numbers["REG"]) * 128 * (groups + 1) <= 65536, name
+        assert 128 * (groups * registers + loader) <= 65536, name
+
+
+@pytest.mark.slow
+def test_the_loader_hands_its_registers_over(compiled):
+    """``setmaxnreg`` is in the binary: the compiler leaves it out where it finds too few."""
+    for name, (_, sass, _) in compiled.items():
+        groups = hopper._GROUPS[hopper.CONFIGS[name[0]][name[1]].by_hand][0]
+        assert sass.count("USETMAXREG") >= groups, name
+
+
+@pytest.mark.slow
+def test_products_take_no_detour(compiled):
+    """wgmma, and not one wait per instruction: a serialised product would bring its own."""
+    for name, (_, sass, _) in compiled.items():
+        d, index, _, block, _ = name
+        config = hopper.CONFIGS[d][index]
+        groups = hopper._GROUPS[config.by_hand][0]
+        per_tile = d // 16 + config.block_n // 16
+        products = sass.count("HGMMA.")
+        assert products == groups * per_tile * (block // config.block_n), name
+        assert sass.count("WARPGROUP.DEPBAR") <= 2 * products // per_tile, name
+        assert not re.search(r"\bHMMA\.", sass), name
+
+
+@pytest.mark.slow
+def test_tiles_come_by_the_copy_engine_and_leave_by_it(compiled):
+    for name, (_, sass, _) in compiled.items():
+        assert "UTMALDG" in sass, name
+        assert ("UTMASTG" in sass) == (not name[4]), name  # varlen: not into the next sequence
+
+
+def test_without_a_hopper_card_there_is_a_reason(monkeypatch):
+    q = torch.zeros(1, 300, 16, 128, dtype=torch.bfloat16)
+    for thing in (q, q.float(), q[:, :0], None):
+        assert hopper.supports(thing, q, q, CALL) is False
+        why = hopper.why_not(thing, q, q, CALL)
+        assert isinstance(why, str) and why
+    monkeypatch.setattr(hopper, "_MISSING", "ImportError: nothing here")
+    assert "nothing here" in hopper.why_not(q, q, q, CALL)
+
+
+def test_reasons_name_what_is_wrong_with_the_tensors(monkeypatch):
+    """What they say of tensors on a Hopper card, said here by pretending that this is one."""
+
+    class OnHopper(torch.Tensor):
+        is_cuda = True
+        device = torch.device("cuda", 0)
+
+    monkeypatch.setattr(hopper, "_hopper", lambda index: True)
+    monkeypatch.setattr(hopper, "_MISSING", "")
+
+    def why(q, k=None, v=None, **call):
+        k = q[:, :, :2] if k is None else k
+        tensors = (x.as_subclass(OnHopper) for x in (q, k, k if v is None else v))
+        return hopper.why_not(*tensors, replace(CALL, **call))
+
+    good = torch.zeros(2, 33, 32, 64, dtype=torch.float16)
+    assert why(good) is None and why(good, block_size=128) is None
+    assert why(torch.zeros(2, 32, 33, 128, dtype=torch.bfloat16).transpose(1, 2)) is None
+    assert "float16" in why(good.float()) and "float16" in why(good, good[:, :, :2].bfloat16())
+    assert "head_dim" in why(good[..., :32]) and "head_dim" in why(good, v=good[:, :, :2, :32])
+    assert "block_size" in why(good, block_size=32)
+    assert "empty" in why(good, good[:, :0, :2])
+    for group in (1, 2, 3, 5, 12, 128):
+        assert "group" in why(good[:, :, :1].repeat(1, 1, group, 1), good[:, :, :1])
+    for group in (8, 16, 32, 64):
+        assert why(good[:, :, :1].repeat(1, 1, group, 1), good[:, :, :1]) is None
+    assert "16 bytes" in why(torch.zeros(2, 33, 32, 65, dtype=torch.float16)[..., 1:])
+    assert "16 bytes" in why(torch.zeros(2, 33, 64, 32, dtype=torch.float16).transpose(2, 3))
+    assert "16 bytes" in why(good[:1].expand(2, -1, -1, -1))
+
+
+def test_a_tile_has_a_bit_for_each_of_its_queries():
+    for d in hopper.CONFIGS:
+        for group in (4, 8, 16, 32, 64):
+            q = torch.zeros(1, 1, group, d)
+            config = hopper.config_for(q, q[:, :, :1], CALL)
+            assert hopper.tile_of(group, config) * group == config.block_m
+            assert hopper.tile_of(group, config) <= 32
+
+
+def test_without_gluon_the_module_still_says_so(clean_env):
+    """An older Triton: the import of Gluon fails, the import of the module does not."""
+    code = (
+        "import sys; sys.modules['triton.experimental.gluon'] = None\n"
+        "from labkit.nsa import hopper as h\n"
+        "print(h.why_not(None, None, None, None), h.supports(None, None, None, None))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=clean_env,
+        cwd=os.getcwd(), timeout=120, check=True,
+    )  # fmt: skip
+    assert "no Gluon" in done.stdout and "False" in done.stdout
