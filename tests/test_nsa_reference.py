@@ -44,7 +44,7 @@ def draw_choice(n, block_size, slots, *, m=None, heads=2, batch=2, device="cpu")
     return torch.randint(-1, blocks, shape, device=device)
 
 
-def close(ours, expected, atol=1e-12):
+def assert_near(ours, expected, atol=1e-12):
     torch.testing.assert_close(ours, expected, rtol=0, atol=atol)
 
 
@@ -61,7 +61,7 @@ def test_all_blocks_selected_is_dense_causal_attention(n, block_size):
     every = torch.arange(-(-n // block_size)).expand(2, n, 2, -1)
     ours = naive_nsa(q, k, v, g, None, every, block_size=block_size)
     expected = attention_f64(swap(q), swap(k), swap(v), causal=True)[0]
-    close(ours, swap(expected) * g[..., None])
+    assert_near(ours, swap(expected) * g[..., None])
 
 
 @pytest.mark.parametrize("n", [1, 65, 127])
@@ -70,7 +70,7 @@ def test_a_window_of_everything_is_dense_causal_attention(n):
     none = torch.full((2, n, 2, 1), -1)
     ours = naive_nsa(q, k, v, None, g, none, window_size=n + 7)
     expected = attention_f64(swap(q), swap(k), swap(v), causal=True)[0]
-    close(ours, swap(expected) * g[..., None])
+    assert_near(ours, swap(expected) * g[..., None])
 
 
 # -- one branch at a time ---------------------------------------------------------------------
@@ -84,8 +84,8 @@ def test_selection_is_attention_under_the_mask_of_its_tokens(n, block_size):
     scale = 8**-0.5
     o, lse = reference._selected(q, k, v, chosen, block_size=block_size, scale=scale)
     o_dense, lse_dense, _ = dense.selection(q, k, v, chosen, block_size=block_size)
-    close(o, o_dense)
-    close(lse, lse_dense)
+    assert_near(o, o_dense)
+    assert_near(lse, lse_dense)
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
@@ -94,12 +94,12 @@ def test_compression_is_attention_to_means_under_a_staircase(n, block_size):
     q, k, v, g, *_ = draw(n)
     _, ours = naive_nsa_compression(q, k, v, g, 2, block_size, None)
     o, lse, _ = dense.compression(q, k, v, length=block_size)
-    close(ours, g[..., None] * o)
+    assert_near(ours, g[..., None] * o)
     pooled = reference.pool_mean(k, block_size), reference.pool_mean(v, block_size)
     _, ours_lse, _ = reference._compressed(
         q, *pooled, length=block_size, stride=block_size, scale=8**-0.5, at=torch.arange(n)
     )
-    close(ours_lse, lse)
+    assert_near(ours_lse, lse)
 
 
 @pytest.mark.parametrize("window_size", [1, 2, 16, 64, 126, 127, 1000])
@@ -108,21 +108,21 @@ def test_the_window_holds_its_own_key_and_w_minus_1_before(n, window_size):
     q, k, v, *_ = draw(n)
     o, lse = reference._window(q, k, v, window_size=window_size, scale=8**-0.5)
     o_dense, lse_dense, _ = dense.window(q, k, v, window_size=window_size)
-    close(o, o_dense)
-    close(lse, lse_dense)
+    assert_near(o, o_dense)
+    assert_near(lse, lse_dense)
 
 
 def test_a_window_of_one_reads_the_value_of_the_own_token():
     q, k, v, *_ = draw(9, group=3)
     o, _ = reference._window(q, k, v, window_size=1, scale=1.0)
-    close(o, v.repeat_interleave(3, dim=2))
+    assert_near(o, v.repeat_interleave(3, dim=2))
 
 
 def test_a_window_of_0_and_a_gate_of_none_turn_a_branch_off():
     q, k, v, g_cmp, g_slc, g_swa = draw(40)
     chosen = draw_choice(40, 16, 2)
     off = naive_nsa(q, k, v, g_slc, g_swa, chosen, block_size=16, window_size=0)
-    close(off, naive_nsa(q, k, v, g_slc, None, chosen, block_size=16, window_size=5), 0)
+    assert_near(off, naive_nsa(q, k, v, g_slc, None, chosen, block_size=16, window_size=5), 0)
     assert off.abs().max() > 0.1
     nothing = naive_nsa(q, k, v, None, g_swa, chosen, block_size=16)
     assert nothing.shape == off.shape and not nothing.any()
@@ -141,7 +141,7 @@ def test_every_group_size_reads_its_own_kv_head(group):
     expected = dense.layer(
         q, k, v, g_cmp, g_slc, g_swa, block_indices=chosen, block_size=16, window_size=10
     )
-    close(ours, expected)
+    assert_near(ours, expected)
 
 
 @pytest.mark.parametrize("scale", [None, 1.0, 0.03])
@@ -152,7 +152,7 @@ def test_the_scale_reaches_every_branch_and_the_choice(scale):
     )
     expected, _ = dense.choice(q, k, block_counts=3, block_size=16, forced=(0, 1), scale=scale)
     assert torch.equal(chosen, expected)
-    close(
+    assert_near(
         ours,
         dense.layer(
             q, k, v, *gates, block_indices=chosen, block_size=16, window_size=9, scale=scale
@@ -182,7 +182,7 @@ def test_importance_is_summed_over_the_group_in_units_of_the_stride(length, stri
         p.unflatten(1, (2, 3)).permute(0, 3, 1, 2, 4), 200, block_size=block_size, **sizes
     )
     expected = dense.importance(p, 200, 3, block_size=block_size, **sizes)
-    close(ours, expected[..., ::block_size])
+    assert_near(ours, expected[..., ::block_size])
 
 
 @pytest.mark.parametrize("n", [*LENGTHS, 200])
@@ -261,7 +261,7 @@ def test_compression_of_any_length_and_stride_chooses_by_true_overlap(length, st
     expected = dense.layer(
         q, k, v, *gates, block_indices=chosen, block_size=block_size, window_size=5, **both
     )
-    close(ours, expected)
+    assert_near(ours, expected)
 
 
 # -- slots, counts ----------------------------------------------------------------------------
@@ -276,14 +276,14 @@ def test_slots_after_the_count_are_not_read(counts):
         counts = torch.randint(0, slots + 1, (2, n, 2))
     ours = naive_nsa(q, k, v, g, None, chosen, counts, 16)
     o, _, _ = dense.selection(q, k, v, chosen, block_size=16, block_counts=counts)
-    close(ours, g[..., None] * o)
+    assert_near(ours, g[..., None] * o)
 
 
 def test_unused_slots_may_stand_anywhere_and_a_block_named_twice_counts_once():
     q, k, v, g, *_ = draw(64)
     plain = torch.tensor([0, 2]).expand(2, 64, 2, 2)
     untidy = torch.tensor([-1, 2, -1, 0, 2, -1, 0]).expand(2, 64, 2, 7)
-    close(
+    assert_near(
         naive_nsa(q, k, v, g, None, untidy, block_size=16),
         naive_nsa(q, k, v, g, None, plain, block_size=16),
         1e-14,
@@ -328,9 +328,9 @@ def test_sequences_one_after_another_do_not_see_each_other(forced):
     expected, _ = dense.choice(q, k, block_counts=3, block_size=16, forced=forced, cu_seqlens=CU)
     assert torch.equal(chosen, expected)
     o, _, _ = dense.compression(q, k, v, length=16, cu_seqlens=CU)
-    close(o_cmp, gates[0][..., None] * o)
+    assert_near(o_cmp, gates[0][..., None] * o)
     ours = naive_nsa_with_compression(q, k, v, *gates, 3, 16, 12, None, CU, forced=forced)
-    close(
+    assert_near(
         ours,
         dense.layer(
             q, k, v, *gates, block_indices=chosen, block_size=16, window_size=12, cu_seqlens=CU
@@ -354,7 +354,7 @@ def test_counts_for_each_row_go_with_several_lengths():
         q, k, v, None, *gates[1:], block_indices=untidy, block_size=16, window_size=3,
         block_counts=counts, cu_seqlens=CU,
     )  # fmt: skip
-    close(ours, expected)
+    assert_near(ours, expected)
 
 
 @pytest.mark.parametrize("m", [1, 5, 64])
@@ -362,7 +362,9 @@ def test_fewer_queries_than_keys_are_the_last_rows(m):
     q, k, v, *gates = draw(100)
     whole = naive_nsa_with_compression(q, k, v, *gates, 3, 16, 12)
     last = [x[:, -m:] for x in (q, *gates)]
-    close(naive_nsa_with_compression(last[0], k, v, *last[1:], 3, 16, 12), whole[:, -m:], 1e-14)
+    assert_near(
+        naive_nsa_with_compression(last[0], k, v, *last[1:], 3, 16, 12), whole[:, -m:], 1e-14
+    )
 
 
 def test_heads_first_swaps_every_argument_and_result():
@@ -380,14 +382,16 @@ def test_heads_first_swaps_every_argument_and_result():
         *turned[:3], *turned[4:], swap(chosen), block_size=16, window_size=9, head_first=True
     )
     expected = naive_nsa(q, k, v, *gates[1:], chosen, block_size=16, window_size=9)
-    close(swap(ours), expected, 0)
+    assert_near(swap(ours), expected, 0)
 
 
 @pytest.mark.parametrize("step", [1, 7, 1000])
 def test_the_size_of_a_step_changes_nothing(step):
     q, k, v, *gates = draw(30)
     whole = naive_nsa_with_compression(q, k, v, *gates, 2, 16, 9)
-    close(naive_nsa_with_compression(q, k, v, *gates, 2, 16, 9, queries_at_once=step), whole, 1e-14)
+    assert_near(
+        naive_nsa_with_compression(q, k, v, *gates, 2, 16, 9, queries_at_once=step), whole, 1e-14
+    )
 
 
 def test_the_public_names_have_the_public_argument_order():
@@ -444,7 +448,7 @@ def test_no_row_changes_when_its_future_does(now, forced):
         *arguments, **options, return_block_indices=True
     )
     assert torch.equal(chosen[:, : now + 1], chosen_after[:, : now + 1])
-    close(after[:, : now + 1], before[:, : now + 1], 1e-13)
+    assert_near(after[:, : now + 1], before[:, : now + 1], 1e-13)
     assert not torch.allclose(after[:, now + 1 :], before[:, now + 1 :])
 
 
@@ -495,6 +499,13 @@ def test_the_lse_of_half_precision_is_float32_and_of_float64_float64():
         assert lse.dtype == expected and lse.shape == (2, 4, 20)
 
 
+def test_the_whole_layer_at_500_tokens():
+    arguments = draw(500, batch=1, heads=1, group=4, dv=8)
+    ours, chosen = naive_nsa_with_compression(*arguments, 6, 32, 70, return_block_indices=True)
+    assert torch.equal(chosen, dense.choice(*arguments[:2], block_counts=6, block_size=32)[0])
+    assert_near(ours, dense.layer(*arguments, block_indices=chosen, block_size=32, window_size=70))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("n", LONG)
@@ -508,7 +519,7 @@ def test_long_sequences_on_a_gpu(n, block_size):
     _, _, p = dense.compression(q, k, k, length=block_size)
     score = dense.importance(p, n, 4, length=block_size, stride=block_size, **options)
     dense.assert_choice_is_best(chosen, score, block_counts=8, tolerance=1e-12, **options)
-    close(ours, dense.layer(*arguments, block_indices=chosen, window_size=100, **options))
+    assert_near(ours, dense.layer(*arguments, block_indices=chosen, window_size=100, **options))
 
 
 # -- bad input --------------------------------------------------------------------------------
