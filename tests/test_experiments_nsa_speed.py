@@ -124,17 +124,23 @@ def test_a_card_with_less_arithmetic_for_its_bandwidth_crosses_earlier():
 
 def test_profiled_kernels_become_bytes_beside_the_model():
     result = Result()
-    kernel = {"kernel": "by_queries_kernel(x)", "dram_read": 1e9, "dram_write": 1e8,
-              "l2": 5e10, "seconds": 1e-2}  # fmt: skip
-    small = {**kernel, "kernel": "sort", "l2": 1e9, "seconds": 1e-4}
+    kernel = {"kernel": "by_queries_kernel(x)", "dram_read": 5e8, "dram_write": 1e8,
+              "l2": 2.5e10, "seconds": 5e-3}  # fmt: skip
+    small = {**kernel, "kernel": "sort", "l2": 1e9, "seconds": 6e-3}
     problem = {"seq_len": 32768, "dtype": "bfloat16"}
-    nsa_speed.add_counters(result, problem, [(("random", "queries"), [small, kernel])])
+    # two chunks of one kernel are one kernel, and longer than the sort together
+    nsa_speed.add_counters(result, problem, [(("random", "queries"), [kernel, small, kernel])])
     assert result.value("l2.queries.random") == 5.1e10
     assert result.value("l2.queries.random.kernel") == 5e10
     assert result.value("l2.queries.random.rate") == pytest.approx(5e12)
     expected = sum(model.by_queries_bytes(Shape(seq_len=32768), 4).values())
     assert result.value("model.queries.random") == pytest.approx(expected)
-    assert len(result.select(part="counters", step="queries")) == 2
+    assert len(result.select(part="counters", step="queries")) == 3
+    # a list that is cut into pieces loads its block once for each
+    assert nsa_speed._predicted(Shape(seq_len=32768), "keys", "local") > sum(
+        model.by_keys_bytes(Shape(seq_len=32768))[part] for part in ("kv", "rows")
+    )
+    assert nsa_speed._predicted(Shape(seq_len=32768), "unknown", "local") is None
 
 
 def test_a_part_that_fails_leaves_a_note(monkeypatch):

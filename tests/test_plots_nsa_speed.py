@@ -68,7 +68,7 @@ def test_choices_fill_a_cell_for_each_choice_and_one_for_each_block_of_the_union
 
 def test_unions_fall_and_waste_rises_and_counted_ones_are_rings():
     counted = nsa_speed.run(quick=True, device="cpu", parts=["patterns"])
-    left, right = axes_of(plots.nsa_unions(seq_len=4096, counted=counted))
+    left, right = axes_of(plots.nsa_unions(seq_len=2048, counted=counted))
     for line in left.lines[:1]:
         assert list(line.get_ydata()) == sorted(line.get_ydata(), reverse=True)
     assert list(right.lines[0].get_ydata()) == sorted(right.lines[0].get_ydata())

@@ -96,7 +96,7 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
         small = {"heads": 4, "kv_heads": 1, "head_dim": 16, "block_size": 16, "count": 4}
         return {
             "dtype": "float32",
-            "patterns": [(4096, 1), (4096, 16)],
+            "patterns": [(2048, 1), (2048, 16)],
             "traffic": [{"seq_len": 128, **small, "window": 32}],
             "parts": ("patterns", "traffic"),
         }
@@ -956,11 +956,16 @@ def add_counters(
         result.add(f"l2.{step}.{pattern}", l2, "bytes", f"through L2, {how}"[:400])
         dram = sum(k["dram_read"] + k["dram_write"] for k in kernels)
         result.add(f"hbm.{step}.{pattern}", dram, "bytes", f"DRAM, {how}"[:400])
-        # the kernel that attends, without the lists
-        largest = max(kernels, key=lambda k: k["seconds"])
-        name = short_name(largest["kernel"])
+        # the kernel that attends, without lists and merges; it may run once for each chunk
+        alone: dict[str, dict[str, float]] = {}
+        for kernel in kernels:
+            one = alone.setdefault(short_name(kernel["kernel"]), {"l2": 0.0, "seconds": 0.0})
+            one["l2"] += kernel["l2"]
+            one["seconds"] += kernel["seconds"]
+        name, largest = max(alone.items(), key=lambda item: item[1]["seconds"])
         where = f"{name}, {pattern}, T = {shape.seq_len}"
         result.add(f"l2.{step}.{pattern}.kernel", largest["l2"], "bytes", f"through L2, {where}")
+        result.add(f"l2.{step}.{pattern}.seconds", largest["seconds"], "s", f"under ncu, {where}")
         rate = largest["l2"] / largest["seconds"]
         result.add(f"l2.{step}.{pattern}.rate", rate, "B/s", f"through L2 over time, {where}")
         predicted = _predicted(shape, step, pattern)
@@ -978,8 +983,11 @@ def _predicted(shape: Shape, step: str, pattern: str) -> float | None:
         return sum(model.by_queries_bytes(shape, max(1, 64 // shape.group), pattern).values())
     if step == "hopper":
         return sum(model.by_queries_bytes(shape, 16, pattern).values())
-    if step == "keys":
-        found = model.by_keys_bytes(shape)
+    if step in ("keys", "backward"):
+        from labkit.nsa.by_keys import PIECE
+
+        what = "forward" if step == "keys" else "backward"
+        found = model.by_keys_bytes(shape, what, part=PIECE // shape.group)
         return found["kv"] + found["rows"]
     return None
 
@@ -1081,6 +1089,17 @@ def _summarise(result: Result) -> None:
             how = f"T at which {kind} and dense take the same time, {what}, {pattern}"
             how += f"; at most: it is faster at {least} already" if at <= least else ""
             result.add(f"crossover.{kind}.{pattern}.{what}", at, "tokens", how)
+    for what in PASSES:
+        for n, dense in series(result, f"dense.{what}"):
+            whole = f"whole.labkit.random.{what}.n{n}"
+            if whole in result:
+                how = f"time of all branches over dense, {what}, random data, T = {n}"
+                result.add(f"loss.whole.{what}.n{n}", result.value(whole) / dense, "1", how)
+            both = [f"selection.labkit.{pattern}.{what}.n{n}" for pattern in ("random", "local")]
+            if all(key in result for key in both):
+                first, second = (result.value(key) for key in both)
+                how = f"time of selection with a random choice over a local one, {what}, T = {n}"
+                result.add(f"choice.{what}.n{n}", first / second, "1", how)
     for key in list(result.results):
         if not key.startswith("group.labkit.") or key.endswith(".g16"):
             continue

@@ -492,8 +492,9 @@ def by_keys_bytes(
 
     with :math:`n = \sum_t s(t)`: forward every (query, block) pair loads q and stores a partial
     output of :math:`e_p` bytes an element and its LSE, and a second kernel merges the S partials
-    of each query.  Backward (dK and dV) loads q, dO, LSE and δ, and stores nothing per pair.
-    ``kv``: each block is loaded once for every ``part`` queries of its list (all if None).
+    of each query.  Backward every pair loads q, dO, LSE and δ and stores its share of dQ, which a
+    second kernel adds up; ``grads`` is dK and dV.  ``kv``: each block is loaded once for every
+    ``part`` queries of its list (all if None).
 
     Per pair this is :math:`G (D + 2V) e` bytes where :func:`by_queries_bytes` has
     :math:`l'(D + V) e`: fewer if :math:`G < \tfrac{2}{3} l'` at D = V.
@@ -513,8 +514,14 @@ def by_keys_bytes(
     index = 4 * heads * slots(shape)
     if what == "backward":
         grads = heads * shape.seq_len * shape.key_bytes
-        rows = each * (shape.key_bytes + 8) + index
-        return {"kv": float(kv), "rows": float(rows), "grads": float(grads)}
+        share = shape.head_dim * ep
+        dq = shape.batch * shape.seq_len * shape.heads * shape.head_dim * e
+        return {
+            "kv": float(kv),
+            "rows": float(each * (shape.key_bytes + 8 + share) + index),
+            "merge": float(each * share + dq),
+            "grads": float(grads),
+        }
     outputs = shape.batch * shape.seq_len * shape.heads * (shape.v * e + 4)
     return {
         "kv": float(kv),
