@@ -79,8 +79,12 @@ def assert_right(got, q, k, v, dout=None, dlse=None, *, factor=2.0, **options):
     dead = torch.isneginf(s64).all(-1)
     assert (got["o"][dead] == 0).all(), "o: a row that sees nothing is not 0"
     if torch.equal(p64, p64.round()) and factor == 2.0:
-        # one key per row: P is exactly 1, and so is the weight of each value
-        assert torch.equal(got["o"], o64.to(o.dtype)), "o: one key per row is copied exactly"
+        # One key per row: P is exactly 1.  A GPU makes it of cS − cm with one multiply-add, which
+        # rounds one of the two: P and the sum of P are off from 1 alike, and their quotient is
+        # rounded.  Less than one rounding of float32 is left, nothing in half precision.
+        rounding = torch.finfo(o.dtype).eps if o.dtype == torch.float32 and o.is_cuda else 0.0
+        off = (got["o"].double() - o64).abs()
+        assert (off <= rounding * o64.abs()).all(), "o: one key per row is copied"
     oracle.assert_within_low_precision_error(
         got["o"], o64, o, factor=factor, what="o", extra=base_two(q, k, v, s64, p64)
     )
