@@ -542,7 +542,7 @@ def config_for(kind: str, q: torch.Tensor, width: int, call: Call, group: int) -
     ``kind`` is ``"forward"``, ``"dq"``, ``"dkdv"`` or ``"topk"``; ``width`` the widest head_dim.
     """
     if launch.card(q)[0] == 0:  # the interpreter: small tiles use every mask
-        rows, keys, warps, stages = (32, 16, 4, 1)
+        rows, keys, warps, stages = (64, 16, 4, 1)
     else:
         table = (_HALF if q.element_size() == 2 else _FLOAT)[kind]
         fitting = [w for w in table if w >= width]
