@@ -21,7 +21,10 @@ pytest_plugins = ["browser"]
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("scores_buffer", "what_grows", "roofline", "tile_stepper", "nsa_reads")
 #: the chapter that each explorer belongs to
-HOME = {"01": "scores_buffer", "02": "what_grows", "04": "roofline", "07": "tile_stepper"}
+HOME = {
+    "01": "scores_buffer", "02": "what_grows", "04": "roofline", "07": "tile_stepper",
+    "12": "nsa_reads",
+}  # fmt: skip
 
 
 @cache

@@ -982,7 +982,10 @@ def _predicted(shape: Shape, step: str, pattern: str) -> float | None:
     if step == "queries":
         return sum(model.by_queries_bytes(shape, max(1, 64 // shape.group), pattern).values())
     if step == "hopper":
-        return sum(model.by_queries_bytes(shape, 16, pattern).values())
+        from labkit.nsa.hopper import CONFIGS
+
+        tile = CONFIGS[shape.head_dim][0].block_m // shape.group
+        return sum(model.by_queries_bytes(shape, tile, pattern).values())
     if step in ("keys", "backward"):
         from labkit.nsa.by_keys import PIECE
 

@@ -234,7 +234,7 @@ def nsa_bytes(ax: Axes, result: Any) -> str:
                 rows.append((step, pattern))
     if not rows:
         raise _none("l2.*")
-    called = {"fla": "fla, query by query", "queries": "unions of 4", "hopper": "unions of 16",
+    called = {"fla": "fla, query by query", "queries": "unions of 4", "hopper": "unions, by hand",
               "keys": "by keys, parts"}  # fmt: skip
     for place, (step, pattern) in enumerate(rows):
         measured = result.value(f"l2.{step}.{pattern}.kernel")
