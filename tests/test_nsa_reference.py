@@ -247,7 +247,7 @@ def test_the_choice_may_round_but_not_be_worse_in_float32():
     [(32, 16, 64), (8, 4, 16), (16, 8, 8), (10, 7, 16), (16, 16, 32)],
 )
 def test_compression_of_any_length_and_stride_chooses_by_true_overlap(length, stride, block_size):
-    q, k, v, *gates = draw(150)
+    q, k, v, *gates = draw(100, batch=1)
     ours, chosen = naive_nsa_with_compression(
         q, k, v, *gates, 3, block_size, 5, forced=(0, 1), length=length, stride=stride,
         return_block_indices=True,
