@@ -1,8 +1,8 @@
 """Half rate: rows at even positions are computed, and the row after each is a copy of it.
 
-Taught in chapter 15 (is "twice as fast, same function" true?).  Source 000 changes the reference
-family in this way and analyses the price.  What it describes, and ``half_rate=True`` of each
-function in ``reference.py`` does:
+Taught in chapter 15 (is "twice as fast, same function" true?).  The source notes change the
+reference family in this way and analyse the price.  What they describe is what
+``half_rate=True`` of each function in ``reference.py`` does:
 
 * **Selection and window**: the loop visits the even positions.  An odd row of the output is the
   gated row before it, so that its own query and its own gates are never read.

@@ -10,8 +10,8 @@ probabilities say which blocks matter (``_importance``), and the best of them ar
 (``_top_blocks``).  **Selection** attends to every token of the chosen blocks (``_selected``),
 the **window** to the latest tokens (``_window``).
 
-The public names, their arguments and their order are those of the code that source 000
-analyses; ``forced=(0, 1)`` chooses as that code does.  ``semantics.py`` states every choice.
+The public names, their arguments and their order are those of the code that the source notes
+analyse; ``forced=(0, 1)`` chooses as that code does.  ``semantics.py`` states every choice.
 
 Everything runs in the dtype of q, and autograd differentiates it.  The probabilities and the LSE
 are taken in float32, or in float64 for float64.  Nothing here is fast: a selected key is copied
@@ -80,8 +80,9 @@ def naive_nsa(
     cu_seqlens : ``[sequences + 1]`` integers, with B = 1 and M = N.
     head_first : all tensors, block_indices and the result too, have axes 1 and 2 swapped.
     half_rate : compute even positions and copy each to the odd one after it (chapter 15).
-    queries_at_once : rows of one step of the loop.  1 is the loop that source 000 analyses; None
-        takes as many as keep a step's copies of keys and values under 2 GiB in float32.
+    queries_at_once : rows of one step of the loop.  1 is the loop that the source notes
+        analyse; None takes as many as keep the copies of keys and values of a step under 2 GiB in
+        float32.
 
     Returns
     -------
@@ -158,7 +159,7 @@ def naive_nsa_compression(
     block_size : tokens of a selection block (l′).
     forced : ``(initial, local)`` blocks that are always chosen.
     half_rate : rows of both results at odd positions are copies of the row before; everything is
-        computed all the same, as source 000 has it (chapter 15).
+        computed all the same, as the source notes have it (chapter 15).
     length, stride : l and d of the compression; ``block_size`` and ``length`` unless given.
     compress : ``compress(k, v) → (k_cmp, v_cmp)``, such as a ``TokenCompression``, whose own
         ``length`` and ``stride`` are then the defaults; None is the mean.

@@ -12,9 +12,9 @@ hold l′ tokens (``block_size``); a query chooses up to n of them; the window h
 ================== =========================================== ===================================
 point              ours                                        elsewhere, and why ours
 ================== =========================================== ===================================
-layout             q ``[B, M, HQ, D]``, k ``[B, N, H, D]``,    the same in the code of source 000;
-                   v ``[B, N, H, V]``; ``head_first`` swaps    there ``head_first`` moves only the
-                   axes 1 and 2 of every argument and result   output of the compression
+layout             q ``[B, M, HQ, D]``, k ``[B, N, H, D]``,    the same in the code of the source
+                   v ``[B, N, H, V]``; ``head_first`` swaps    notes, whose compression with
+                   axes 1 and 2 of every argument and result   ``head_first`` moves its output only
 position           query i stands at t = i + N − M: the last   M = N in most code; this one serves
                    query beside the last key                   decoding too
 several lengths    B = 1, ``cu_seqlens``; positions and block  the same
@@ -31,8 +31,8 @@ importance         Σ over the group and over c of p · overlap  a mean over the
                    of c with the block, in units of d          order.  Raw logits: another order
 block ↔ c          true overlap of tokens                      equation 9 of the paper, whose index
                                                                sign is a trap
-always chosen      block 0, the current and the previous one:  paper: 1 initial, 2 local.  The code
-                   ``forced=(1, 2)``; counted among the n      of 000: current only, ``(0, 1)``
+always chosen      block 0, the current and the previous one:  paper: 1 initial, 2 local.  Code of
+                   ``forced=(1, 2)``; counted among the n      the notes: current only, ``(0, 1)``
 too small an n     current, previous, …, then the initial      by number of the block, or of chance:
                                                                a query must at least see itself
 candidates         every block up to the current one, also     some admit compressed blocks only
