@@ -8,7 +8,7 @@ step costs as the chapters use.  The ledger page of the book is made from this f
 Nothing here is measured: where a verdict depends on a measurement, the chapter that it names
 shows the record.  Sizes are compared in binary units: the notes' "KB" are KiB.
 
-Imports: memory, roofline, hardware, closed_form, units, errors.  No torch.
+Imports: nsa.model, memory, roofline, hardware, closed_form, units, errors.  No torch.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from labkit.memory import (
     longest_seq_len,
     scores_buffer_bytes,
 )
+from labkit.nsa.model import Shape, claimed_flops, flops, naive_flops
 from labkit.roofline import steps
 from labkit.units import GIB, KIB, MIB, format_bytes, format_rate, significant
 
@@ -306,6 +307,117 @@ _CLAIMS = (
         "memory model gives the length for any of them, and bisection under a limit confirms it.",
         "05",
     ),
+    Claim(
+        "C26",
+        "The selected attention of NSA and its window cost T · (S·BS·HQ·D + S·BS·HQ·V + W·HQ·D) "
+        "FLOPs: 17.2 GFLOP at T = 2048.",
+        "confirmed with a correction",
+        "That counts multiply-adds, so it is 34.4 GFLOP, and the window lacks its second product; "
+        "useful is less, since early queries cannot fill their slots.",
+        "12",
+        ("13", "15"),
+    ),
+    Claim(
+        "C27",
+        "Computing even positions and copying them to odd ones halves the FLOPs to 8.6 GFLOP: "
+        "2 times faster in theory, 1.8 to 1.9 times in practice.",
+        "depends: measured",
+        "The operations of the selected attention halve; how much of the time follows depends on "
+        "what else the layer does, and the chapter measures it.",
+        "15",
+    ),
+    Claim(
+        "C28",
+        "It halves the peak of intermediate memory, from 200 to 120 MB, and lowers the total from "
+        "250 to 170 MB.",
+        "refuted",
+        "A loop frees the temporaries of a position before it makes the next ones, so without "
+        "autograd the peak stays; with autograd, what is saved for the backward pass halves.",
+        "15",
+    ),
+    Claim(
+        "C29",
+        "The compression stage keeps its speed and memory; copying block_indices costs "
+        "T/2 · H · S.",
+        "depends: measured",
+        "The copy moves that many numbers and is small beside the stage; the chapter measures "
+        "both.",
+        "15",
+    ),
+    Claim(
+        "C30",
+        "Half rate makes training 1.7 to 1.8 times and inference 1.8 to 1.9 times faster, and "
+        "saves 30 % and 35 % of the memory.",
+        "depends: measured",
+        "It depends on what share of the time the halved part has and on whether autograd keeps "
+        "anything; the chapter measures both.",
+        "15",
+    ),
+    Claim(
+        "C31",
+        "The half-rate form is functionally correct, and gradients flow to the even positions.",
+        "refuted",
+        "It is another function: an odd position neither uses its own query nor sees itself.  The "
+        "gradient is right for that function, and queries at odd positions get none.",
+        "15",
+    ),
+    Claim(
+        "C32",
+        "Choosing the S best of C blocks costs O(B·H·T·C·log S).",
+        "confirmed with a correction",
+        "Right for a heap; torch.topk on a GPU finds the threshold digit by digit, without a "
+        "log S.  What limits it is the table of T × C importances, which a fused choice "
+        "never stores.",
+        "12",
+        ("13",),
+    ),
+    Claim(
+        "C33",
+        "NSA stands for Neural Sparse Attention.",
+        "refuted",
+        "It is Native Sparse Attention: sparse from the first step of training on.",
+        "12",
+    ),
+    Claim(
+        "C34",
+        "With return_attn_weights=True come the LSE and block_indices of compression and "
+        "selection, a note for the window, and the three gates.",
+        "confirmed with a correction",
+        "The structure is kept; the window's part is real here, with an LSE and a size.",
+        "14",
+    ),
+    Claim(
+        "C35",
+        "The full weights can be made from the LSE, q, k, and block_size; their rows sum to 1.",
+        "confirmed with a correction",
+        "Compression scores pooled keys, so k is pooled first and a block's probability is spread "
+        "evenly over its tokens; rows that see no block sum to 0.",
+        "14",
+    ),
+    Claim(
+        "C36",
+        "The weights of selected attention are sparse: 0 outside the chosen blocks.",
+        "confirmed",
+        "And their product with v is the branch's output, which the chapter checks.",
+        "14",
+    ),
+    Claim(
+        "C37",
+        "The gates are a softmax over the heads.",
+        "refuted",
+        "The paper has a sigmoid for each branch and head.  A softmax over the heads makes heads "
+        "compete and shrinks the output with their number.",
+        "12",
+    ),
+    Claim(
+        "C38",
+        "Returning weights costs memory and time, by a benchmark that has no warm-up and waits for "
+        "the GPU once, at the end.",
+        "depends: measured",
+        "The LSE and the indices exist anyway and cost nothing to return; making the full "
+        "weights costs what the kernels avoid.  That benchmark reports something else.",
+        "14",
+    ),
 )
 #: id → claim, in order
 CLAIMS: dict[str, Claim] = {item.id: item for item in _CLAIMS}
@@ -320,6 +432,10 @@ _CHAPTERS = {
     "07": ("Can softmax be computed early?", "/notebooks/07_online_softmax"),
     "08": ("What does the kernel look like?", "/notebooks/08_flash_forward"),
     "09": ("To keep P or to compute it again?", "/notebooks/09_flash_backward"),
+    "12": ("How does NSA choose what to read?", "/notebooks/12_nsa_reference"),
+    "13": ("When is sparse faster than dense?", "/notebooks/13_nsa_kernels"),
+    "14": ("What did it look at?", "/notebooks/14_nsa_inside"),
+    "15": ("Is “twice as fast, same function” true?", "/notebooks/15_half_rate"),
 }
 
 
@@ -715,6 +831,42 @@ def _c23() -> Iterable[Comparison]:
     yield Comparison("C23", "longest sequence in 12 GiB", tuple(rows), note)
 
 
+C26_CLAIMED = 17.2e9
+_C26_SIZES = {"seq_len": 2048, "count": 16, "block_size": 64, "heads": 32, "head_dim": 128}
+
+
+def _c26() -> Iterable[Comparison]:
+    """Operations of the plain selected attention, with and without the two mistakes."""
+    shape = Shape(kv_heads=8, window=0, **_C26_SIZES)
+    windowed = Shape(kv_heads=8, window=512, **_C26_SIZES)
+    adds, full = claimed_flops(**_C26_SIZES), naive_flops(shape)
+    extra = claimed_flops(window=512, **_C26_SIZES) - adds
+    rows = [
+        _giga("multiply-adds", C26_CLAIMED, adds, expected=True),
+        _giga("FLOPs", C26_CLAIMED, full, expected=False),
+        _giga("a window of 512: FLOPs more", extra, naive_flops(windowed) - full, expected=False),
+    ]
+    note = "All slots full, as the plain code computes them. Of these a causal mask leaves "
+    note += f"{significant(flops(shape)['selection'] / full * 100)} %."
+    yield Comparison("C26", "operations at T = 2048", tuple(rows), note)
+
+
+def _giga(label: str, claimed: float, computed: float, *, expected: bool) -> Row:
+    agrees = abs(computed / claimed - 1) < 0.01
+    said, found = (f"{x / 1e9:.1f} G" for x in (claimed, computed))
+    return Row(label, said, found, agrees, expected)
+
+
+def _c27() -> Iterable[Comparison]:
+    """Operations of the half-rate form: ⌈T/2⌉ positions are computed."""
+    sizes = {**_C26_SIZES, "seq_len": _C26_SIZES["seq_len"] // 2}
+    rows = [
+        _giga("multiply-adds", 8.6e9, claimed_flops(**sizes), expected=True),
+        _giga("FLOPs", 8.6e9, 2 * claimed_flops(**sizes), expected=False),
+    ]
+    yield Comparison("C27", "operations at half rate", tuple(rows))
+
+
 _COMPUTE: dict[str, Callable[[], Iterable[Comparison]]] = {
     "C02": _c02,
     "C03": _c03,
@@ -732,6 +884,8 @@ _COMPUTE: dict[str, Callable[[], Iterable[Comparison]]] = {
     "C15": _c15,
     "C16": _c16,
     "C23": _c23,
+    "C26": _c26,
+    "C27": _c27,
 }
 
 
