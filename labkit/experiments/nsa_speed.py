@@ -288,12 +288,24 @@ def _call_of(shape: Shape) -> Any:
 # -- who computes it -------------------------------------------------------------------------------
 
 
-def _dense(x: Mapping[str, Any]) -> Any:
+def _dense_backend(result: Result, x: Mapping[str, Any]) -> str:
+    """The first of torch's fused backends that takes these heads; cuDNN's on the H200."""
+    for backend in ("cudnn", "flash"):
+        try:
+            _dense({name: x[name][:, :256].detach() for name in "qkv"}, backend)
+        except RuntimeError as error:
+            result.notes.append(f"dense is not {backend}'s: {_first_line(error)}")
+        else:
+            return backend
+    raise LabError("torch has no fused attention for these tensors.")
+
+
+def _dense(x: Mapping[str, Any], backend: str) -> Any:
     from torch.nn.functional import scaled_dot_product_attention
 
     from labkit.experiments.roofline import _only
 
-    with _only("cudnn"):
+    with _only(backend):
         out = scaled_dot_product_attention(
             *(x[name].transpose(1, 2) for name in "qkv"), is_causal=True, enable_gqa=True
         )
@@ -500,7 +512,7 @@ def _sweep(result: Result, plan: dict[str, Any], device: str, n: int) -> None:
     one = x["random"]
     qkv = [one[name] for name in "qkv"]
     functions: dict[str, tuple[Callable, Sequence, Any]] = {
-        "dense": (functools.partial(_dense, one), qkv, one["do"])
+        "dense": (functools.partial(_dense, one, _dense_backend(result, one)), qkv, one["do"])
     }
     for pattern, here in x.items():
         blocks = choices(shape, pattern, device)
@@ -749,6 +761,12 @@ def _memory(result: Result, plan: dict[str, Any], device: str, lengths: tuple[in
         first_model, last_model = predicted[what]
         slope = (last_model - first_model) / (long - short)
         result.add(f"memory.{what}.model", slope, "bytes", f"by the model: {how}")
+        for n, value in zip(lengths, (first, last), strict=True):
+            result.add(f"memory.{what}.n{n}", value, "bytes", f"{words[what]}, T = {n}")
+        # what the model does not have is workspace, which does not grow for ever
+        rest = last - predicted[what][1]
+        how = f"measured less the model at T = {long}: {words[what]}"
+        result.add(f"memory.{what}.rest", rest, "bytes", how)
         # linear: the length times the slope is all there is
         how = f"bytes a token at T = {long} over those at T = {short}, {what}"
         result.add(f"memory.{what}.linear", last / long / (first / short), "1", how)
