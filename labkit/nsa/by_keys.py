@@ -89,16 +89,10 @@ def find_piece(
 
 
 @triton.jit
-def entries(
-    order, which, each, chunks, e, hi, slots,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Rows of the list from entry ``e`` on: query, head of the group, slot in its range, there."""
-    r = tl.arange(0, ROWS)
-    at, g = e + r // PADDED, r % PADDED
-    there = (at < hi) & (g < GROUP)
-    entry = tl.load(order + which * each + at, at < hi, 0)
-    return entry // slots, g, entry - (which % chunks).to(tl.int32) * each, there
+def entries(order, e, hi, PADDED: tl.constexpr, ROWS: tl.constexpr):
+    """Entries of the list, from number ``e`` on, one for each row of a tile; 0 beyond ``hi``."""
+    at = e + tl.arange(0, ROWS) // PADDED
+    return tl.load(order + at, at < hi, 0)
 
 
 @triton.jit
@@ -107,8 +101,8 @@ def part_kernel(
     stride_qb, stride_qn, stride_qh, stride_qd,
     stride_kb, stride_kn, stride_kh, stride_kd,
     stride_vb, stride_vn, stride_vh, stride_vd,
-    low, chunks, heads, pieces, rows, each, slots, Nk, offset, size, c, scale,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    low, chunks, heads, pieces, rows, each, Nk, offset, size, c, scale,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
     VARLEN: tl.constexpr, HALVINGS: tl.constexpr, SEQUENCES: tl.constexpr,
@@ -132,9 +126,14 @@ def part_kernel(
     j = tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_DV)
 
+    # -- the rows that chose it: each entry is loaded one turn before its row of Q -----------------
+    r = tl.arange(0, ROWS)
+    g = r % PADDED
+    order += which * each
+    to = near.to(tl.int64) * each - which % chunks * each  # where slot 0 of query 0 would lie
+    entry = entries(order, lo, hi, PADDED, ROWS)
     for e in tl.range(lo, hi, ROWS // PADDED):
-        query, g, slot, there = entries(order, which, each, chunks, e, hi, slots,
-                                        GROUP, PADDED, ROWS)  # fmt: skip
+        query, there = entry // SLOTS, (e + r // PADDED < hi) & (g < GROUP)
         at = batch * stride_qb + query.to(tl.int64) * stride_qn + (head * GROUP + g) * stride_qh
         Q = gather(q, at, D, stride_qd, there, BLOCK_D, D)
         s = tl.dot(Q, K.T, input_precision=PRECISION)
@@ -145,10 +144,11 @@ def part_kernel(
         l = tl.sum(p, 1)
         out = tl.dot(p.to(V.dtype), V, input_precision=PRECISION)
         out, lse = finish(m, l, out, scale)
-        to = ((near.to(tl.int64) * each + slot) * STEPS + part) * GROUP + g
-        tl.store(parts + (to * DV)[:, None] + column[None, :], out.to(parts.dtype.element_ty),
+        place = ((to + entry) * STEPS + part) * GROUP + g
+        tl.store(parts + (place * DV)[:, None] + column[None, :], out.to(parts.dtype.element_ty),
                  mask=there[:, None] & (column < DV)[None, :])  # fmt: skip
-        tl.store(lse_parts + to, lse, mask=there)
+        tl.store(lse_parts + place, lse, mask=there)
+        entry = entries(order, e + ROWS // PADDED, hi, PADDED, ROWS)
 
 
 @triton.jit
@@ -335,9 +335,9 @@ def forward(
                 q, k, v, parts, lse_parts, turned.order, turned.starts, turned.owner, turned.first,
                 call.cu, call.cu_blocks, *q.stride(), *k.stride(), *v.stride(),
                 low, turned.chunks, heads, turned.pieces, turned.rows, turned.each,
-                block_indices.shape[3], call.max_k, call.offset, turned.size,
-                call.scale * LOG2E, call.scale,
-                GROUP=group, PADDED=padded(group), ROWS=rows, D=d, DV=dv,
+                call.max_k, call.offset, turned.size, call.scale * LOG2E, call.scale,
+                GROUP=group, PADDED=padded(group), ROWS=rows, SLOTS=block_indices.shape[3],
+                D=d, DV=dv,
                 BLOCK_D=width(q), BLOCK_DV=width(v), BLOCK=call.block_size,
                 BLOCK_N=c.block_n, STEPS=turned.steps, VARLEN=call.cu is not None,
                 HALVINGS=lists.steps_for(call), SEQUENCES=call.sequences or 1,

@@ -96,6 +96,15 @@ def block_rows(
 
 
 @triton.jit
+def chosen_block(blocks, n, j, count, BLOCK: tl.constexpr, PER: tl.constexpr, STEPS: tl.constexpr):
+    """The block of step ``n``, or of each of its keys ``j`` where a step takes several."""
+    e = n // STEPS
+    if PER > 1:
+        e = n * PER + j // BLOCK
+    return tl.load(blocks + e, e < count, 0)
+
+
+@triton.jit
 def by_queries_kernel(
     q, k, v, o, lse, blocks, members, counts, cu,
     stride_qb, stride_qn, stride_qh, stride_qd,
@@ -145,19 +154,20 @@ def by_queries_kernel(
     union = x.to(tl.int64) * cap
     count = tl.load(counts + x)
     j = tl.arange(0, BLOCK_N)
+    blocks += union
+    members += union
+    block = chosen_block(blocks, 0, j, count, BLOCK, PER, STEPS)
     for n in tl.range(0, tl.cdiv(count, PER) * STEPS):
         if PER > 1:
             e = n * PER + j // BLOCK
-            block = tl.load(blocks + union + e, e < count, 0)
-            member = tl.load(members + union + e, e < count, 0)
+            member = tl.load(members + e, e < count, 0)
             key = block * BLOCK + j % BLOCK
             seen = ((member[None, :] >> which[:, None]) & 1) != 0
             seen = seen & (key[None, :] <= position[:, None])
             exists = (key < Nk) & (e < count)
             K = gather(k, k_base + key.to(tl.int64) * stride_kn, D, stride_kd, exists, BLOCK_D, D)
         else:
-            block = tl.load(blocks + union + n // STEPS)
-            member = tl.load(members + union + n // STEPS)
+            member = tl.load(members + n // STEPS)
             first = block * BLOCK + n % STEPS * BLOCK_N
             limit = tl.where(((member >> which) & 1) != 0, position - first, -1)
             seen = j[None, :] <= limit[:, None]
@@ -175,6 +185,8 @@ def by_queries_kernel(
             V = block_rows(v, v_base, first, Nk, stride_vn, stride_vd,
                            BLOCK_N, DV, BLOCK_DV, TAIL, WIDE)  # fmt: skip
         acc = tl.dot(p.to(V.dtype), V, acc, input_precision=PRECISION)
+        # One turn before its address is needed: a copy that waits for a number waits long.
+        block = chosen_block(blocks, n + 1, j, count, BLOCK, PER, STEPS)
 
     # -- O and LSE: once ---------------------------------------------------------------------------
     out, lse_row = finish(m, l, acc, scale)

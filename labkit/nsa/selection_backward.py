@@ -87,8 +87,8 @@ def dkdv_kernel(
     stride_kb, stride_kn, stride_kh, stride_kd,
     stride_vb, stride_vn, stride_vh, stride_vd,
     stride_gb, stride_gn, stride_gh, stride_gd,
-    low, chunks, heads, pieces, rows, each, slots, Nq, Nk, offset, size, c, scale,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    low, chunks, heads, pieces, rows, each, Nq, Nk, offset, size, c, scale,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
     VARLEN: tl.constexpr, HALVINGS: tl.constexpr, SEQUENCES: tl.constexpr,
@@ -115,35 +115,40 @@ def dkdv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     EXACT: tl.constexpr = K.dtype == tl.float32
 
-    # -- Q, dO, LSE and δ: once for each choice ----------------------------------------------------
+    # -- Q, dO, LSE and δ: once for each choice; its entry is loaded one turn before ---------------
+    r = tl.arange(0, ROWS)
+    g = r % PADDED
+    order += which * each
+    shares = near.to(tl.int64) * each - which % chunks * each  # slot 0 of query 0 would lie here
+    entry = entries(order, lo, hi, PADDED, ROWS)
     for e in tl.range(lo, hi, ROWS // PADDED):
-        query, g, slot, there = entries(order, which, each, chunks, e, hi, slots,
-                                        GROUP, PADDED, ROWS)  # fmt: skip
+        query, there = entry // SLOTS, (e + r // PADDED < hi) & (g < GROUP)
         token, head_q = query.to(tl.int64), head * GROUP + g
         at = batch * stride_qb + token * stride_qn + head_q * stride_qh
         Q = gather(q, at, D, stride_qd, there, BLOCK_D, D)
-        st = tl.dot(K, Q.T, input_precision=PRECISION)  # Sᵀ
+        s = tl.dot(Q, K.T, input_precision=PRECISION)
         limit = tl.minimum(query + own, last - 1) - key
-        st = tl.where(j[:, None] <= limit[None, :], st, float("-inf"))
+        s = tl.where(j[None, :] <= limit[:, None], s, float("-inf"))
         row = (batch * Nq + token) * (heads * GROUP) + head_q
         lse_row = _row_lse(tl.load(lse + row, there, float("-inf")), EXACT)
-        pt = _probabilities(st, lse_row[None, :], c, scale, EXACT)  # Pᵀ
+        p = _probabilities(s, lse_row[:, None], c, scale, EXACT)
         at = batch * stride_gb + token * stride_gn + head_q * stride_gh
         dO = gather(dout, at, DV, stride_gd, there, BLOCK_DV, DV)
-        dv = tl.dot(pt.to(dO.dtype), dO, dv, input_precision=PRECISION)
-        dpt = tl.dot(V, dO.T, input_precision=PRECISION)  # dPᵀ
-        dst = pt * (dpt - tl.load(delta + row, there, 0.0)[None, :])  # dSᵀ
-        dst = dst.to(Q.dtype)
-        dk = tl.dot(dst, Q, dk, input_precision=PRECISION)
-        share = tl.dot(dst.T, K, input_precision=PRECISION).to(dq_parts.dtype.element_ty)
-        to = ((near.to(tl.int64) * each + slot) * STEPS + part) * GROUP + g
+        dv = tl.dot(tl.trans(p.to(dO.dtype)), dO, dv, input_precision=PRECISION)
+        dp = tl.dot(dO, V.T, input_precision=PRECISION)
+        ds = p * (dp - tl.load(delta + row, there, 0.0)[:, None])
+        ds = ds.to(Q.dtype)
+        dk = tl.dot(tl.trans(ds), Q, dk, input_precision=PRECISION)
+        share = tl.dot(ds, K, input_precision=PRECISION).to(dq_parts.dtype.element_ty)
+        to = ((shares + entry) * STEPS + part) * GROUP + g
         tl.store(dq_parts + (to * D)[:, None] + column[None, :], share,
                  mask=there[:, None] & (column < D)[None, :])  # fmt: skip
+        entry = entries(order, e + ROWS // PADDED, hi, PADDED, ROWS)
 
-    to = ((near.to(tl.int64) * pieces + piece) * STEPS + part) * BLOCK_N + j
-    tl.store(dk_parts + (to * D)[:, None] + column[None, :], dk,
+    at = ((near.to(tl.int64) * pieces + piece) * STEPS + part) * BLOCK_N + j
+    tl.store(dk_parts + (at * D)[:, None] + column[None, :], dk,
              mask=(column < D)[None, :] & (j < BLOCK_N)[:, None])  # fmt: skip
-    tl.store(dv_parts + (to * DV)[:, None] + column_v[None, :], dv,
+    tl.store(dv_parts + (at * DV)[:, None] + column_v[None, :], dv,
              mask=(column_v < DV)[None, :] & (j < BLOCK_N)[:, None])  # fmt: skip
 
 
@@ -294,9 +299,9 @@ def by_keys(
                 q, k, v, dout, lse_rows, delta, dq_parts, dk_parts, dv_parts,
                 turned.order, turned.starts, turned.owner, turned.first, call.cu, call.cu_blocks,
                 *q.stride(), *k.stride(), *v.stride(), *dout.stride(),
-                low, turned.chunks, heads, turned.pieces, turned.rows, turned.each, slots,
+                low, turned.chunks, heads, turned.pieces, turned.rows, turned.each,
                 m, call.max_k, call.offset, turned.size, call.scale * LOG2E, call.scale,
-                GROUP=group, PADDED=padded(group), ROWS=rows, **blocks,
+                GROUP=group, PADDED=padded(group), ROWS=rows, SLOTS=slots, **blocks,
                 WIDE=is_wide(c.block_n, k, v), PRECISION=call.precision,
                 num_warps=c.num_warps, num_stages=c.num_stages,
             )  # fmt: skip
