@@ -13,6 +13,7 @@ import torch
 from flash_cases import Case, make
 
 from labkit import records
+from labkit.experiments import _correctness as common
 from labkit.experiments import _flash_worker as worker
 from labkit.experiments import flash_correctness as experiment
 from labkit.experiments import run
@@ -92,7 +93,7 @@ def rows(ratio=0.5, road="default"):
 
 def summed_up(*rows):
     result = experiment.Result()
-    experiment._sum_up(result, experiment.representative(), list(rows))
+    common.sum_up(experiment.suite(), result, experiment.representative(), list(rows))
     records.new_record("flash_correctness", result.results, result.rows, "test")
     return result
 
@@ -122,7 +123,7 @@ def test_a_case_that_did_not_run_is_a_failure():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a worker that must fail")
 def test_a_worker_that_dies_fails_all_its_cases():
-    done = experiment._work([CASES[0], CASES[1]])  # there is no GPU
+    done = common.work(experiment.suite(), [CASES[0], CASES[1]])  # there is no GPU
     assert [row["case"] for row in done] == [str(CASES[0]), str(CASES[1])]
     assert all("failed" in row for row in done)
 
@@ -131,7 +132,7 @@ def test_a_worker_that_dies_fails_all_its_cases():
 
 
 def test_summaries_of_the_sanitizer_are_read():
-    parse = experiment.parse_sanitizer
+    parse = common.parse_sanitizer
     good = "========= COMPUTE-SANITIZER\nran 7\n========= ERROR SUMMARY: 0 errors\n"
     assert parse("memcheck", good) == (0, 7)
     assert parse("memcheck", good.replace("0 errors", "1 error")) == (1, 7)
@@ -142,11 +143,13 @@ def test_summaries_of_the_sanitizer_are_read():
 
 
 def test_the_child_is_started_with_what_it_is_to_run():
-    command = experiment.sanitizer_command("/x/compute-sanitizer", "racecheck", ["default"])
+    command = common.sanitizer_command(
+        experiment.suite(), "/x/compute-sanitizer", "racecheck", ["default"]
+    )
     assert command[:3] == ["/x/compute-sanitizer", "--tool", "racecheck"]
     assert "labkit.experiments._sanitizer_child" in command
     assert '"roads": ["default"]' in command[-1]
-    assert experiment.sanitizer_command(None, "", [])[0] != "/x/compute-sanitizer"
+    assert common.sanitizer_command(experiment.suite(), None, "", [])[0] != "/x/compute-sanitizer"
 
 
 # -- on a GPU --------------------------------------------------------------------------------

@@ -19,14 +19,13 @@ tests have another oracle, written apart, and compare the two.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-import traceback
 from typing import Any
 
 import torch
 
+from labkit.experiments._correctness import serve
 from labkit.experiments._flash_cases import Case, make
 
 ROADS = ("default", "descriptors", "by_hand")
@@ -118,6 +117,28 @@ def remade(q, k, v, dout, dlse, s64, p64, scale) -> tuple[torch.Tensor, ...]:
 # -- judging -------------------------------------------------------------------------------------
 
 
+def compared(own, wanted, yardstick, more, rounding: float) -> dict[str, float]:
+    """``own`` against float64: largest errors, what was allowed, and the worse of two ratios.
+
+    Allowed is twice the error of ``yardstick``, for the largest and for the mean, and beside that
+    ``rounding`` and ``more``: a standard deviation of each element, or None.
+    """
+    error, least = (own.double() - wanted).abs(), (yardstick - wanted).abs()
+    ratios = []
+    # The admitted error is a standard deviation; of n draws the largest is √(2 ln n) of them.
+    most = math.sqrt(2 * math.log(max(2, error.numel())))
+    for norm, draws in ((torch.Tensor.mean, 1.0), (torch.Tensor.max, most)):
+        allowed = FACTOR * norm(least).item() + rounding
+        allowed += 0.0 if more is None else draws * norm(more).item()
+        ratios.append(norm(error).item() / allowed)
+    ratio = max(ratios) if torch.isfinite(own).all() else math.inf
+    shown = {"error": error.max().item(), "plain": least.max().item(), "allowed": allowed}
+    size = wanted.square().mean().sqrt().item() or 1.0
+    shown["rms"] = error.square().mean().sqrt().item() / size
+    shown["rms_plain"] = least.square().mean().sqrt().item() / size
+    return shown | {"ratio": ratio}
+
+
 def judge(case: Case, tensors: tuple, got: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
     """``{tensor: {"error", "plain", "allowed", "ratio"}}``: largest errors, and the worse of the
     ratios error / allowed for the largest and the mean error; infinite where not finite."""
@@ -149,18 +170,7 @@ def judge(case: Case, tensors: tuple, got: dict[str, torch.Tensor]) -> dict[str,
             rounding = 16 * _EPS32 * max(1.0, largest)
         else:
             rounding = torch.finfo(own.dtype).eps * max(1e-30, wanted.abs().max().item())
-        error, least = (own.double() - wanted).abs(), (yardstick - wanted).abs()
-        ratios = []
-        for norm in (torch.Tensor.mean, torch.Tensor.max):
-            allowed = FACTOR * norm(least).item() + rounding
-            allowed += 0.0 if more is None else norm(more).item()
-            ratios.append(norm(error).item() / allowed)
-        ratio = max(ratios) if torch.isfinite(own).all() else math.inf
-        shown = {"error": error.max().item(), "plain": least.max().item(), "allowed": allowed}
-        size = wanted.square().mean().sqrt().item() or 1.0
-        shown["rms"] = error.square().mean().sqrt().item() / size
-        shown["rms_plain"] = least.square().mean().sqrt().item() / size
-        out[name] = shown | {"ratio": ratio}
+        out[name] = compared(own, wanted, yardstick, more, rounding)
     return out
 
 
@@ -232,37 +242,5 @@ def run(case: Case, device: str = "cuda") -> list[dict[str, Any]]:
     return rows
 
 
-def repeat(case: Case, times: int) -> list[dict[str, Any]]:
-    """Every road of a case ``times`` times more; ``unequal`` counts runs with another bit."""
-    tensors = make(case, "cuda")
-    rows = []
-    for road in roads(*tensors, case):
-        first = attend(*tensors, case, road)
-        unequal = 0
-        for _ in range(times):
-            again = attend(*tensors, case, road)
-            unequal += any(not torch.equal(again[n], first[n]) for n in first)
-        rows.append({"kind": "repeats", "case": str(case), "road": road, "dtype": case.dtype,
-                     "times": times, "unequal": unequal})  # fmt: skip
-    return rows
-
-
-def main() -> None:
-    """Cases come in as JSON, rows go out, one line each; a case that fails says why.
-
-    With a number as argument each case is repeated that many times instead of judged.
-    """
-    times = int(sys.argv[1]) if len(sys.argv) > 1 else 0
-    for entry in json.load(sys.stdin):
-        case = Case(**entry)
-        try:
-            rows = repeat(case, times) if times else run(case)
-        except Exception:
-            said = traceback.format_exc().strip().splitlines()[-1]
-            rows = [{"case": str(case), "road": "", "dtype": case.dtype, "failed": said[-300:]}]
-        for row in rows:
-            print(json.dumps(row), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(sys.modules[__name__])

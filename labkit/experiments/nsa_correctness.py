@@ -1,0 +1,177 @@
+"""Are the kernels of Native Sparse Attention still what the formulas say?
+
+Four witnesses:
+
+- **A matrix of cases** (``_nsa_cases``) in which every two values of different factors meet:
+  lengths around every edge of a block, groups of 1 to 64, block sizes, head_dims, dtypes, layouts
+  in memory, sequences shorter than a block, −1 in any slot, windows of 0 and beyond the end.  Each
+  branch and the whole are judged by every kernel that can compute them (a *road*) against dense
+  attention in float64, and may err twice as much as plain attention in the same dtype, for O, LSE
+  and every gradient, the gates' among them.  The choice of blocks is judged by its scores.
+- **Addresses**: more than 2³¹ elements, whose last rows must be those of a small problem.
+- **250 repeats**, which must agree to the bit: nothing is added in an order that chance decides.
+- **compute-sanitizer**: memcheck (accesses beyond an allocation) and racecheck (threads that use
+  shared memory without waiting for each other) over tiny cases of every kernel.
+
+Taught in chapter 13 (the kernels of sparse attention).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from labkit.experiments import Progress, Result
+from labkit.experiments._correctness import Suite, judge, sanitize, work
+from labkit.experiments._nsa_cases import Case, matrix
+
+TITLE = "Correctness of the NSA kernels: error, addresses, repeats, sanitizer"
+CHAPTERS = ("13",)
+NEEDS_GPU = True
+
+DTYPES = ("float16", "bfloat16", "float32")
+TENSORS = ("o", "lse", "dq", "dk", "dv", "dg_cmp", "dg_slc", "dg_swa", "choice")
+PARTS = ("selection", "compression", "whole")
+REPEATS = 250
+#: what flash-linear-attention asks of its own kernels in bfloat16
+RMSE = 0.005
+#: what the kernels by hand take
+_FAST: dict[str, tuple[Any, ...]] = {
+    "t": (127, 500, 1024), "group": (4, 16, 64), "block": (64, 128), "dims": ((64, 64), (128, 128)),
+    "dtype": ("float16", "bfloat16"), "layout": ("bnhd", "packed"), "slots": (4, 16),
+    "sequences": ("one", "ragged", "fewer"),
+}  # fmt: skip
+
+
+def cases(quick: bool) -> list[Case]:
+    """What is judged: the full matrix, and a second one of what the fast roads can take."""
+    if quick:
+        few = {"t": (65, 130), "group": (4,), "block": (64,), "dims": ((64, 64),),
+               "sequences": ("one",), "layout": ("bnhd",), "choice": ("random",),
+               "counts": ("all",), "slots": (4,), "stride": ("own",), "window": (64,),
+               "gates": ("csw",), "forced": ((1, 2),)}  # fmt: skip
+        return [case for part in PARTS for case in matrix(part, few)]
+    every = [case for part in PARTS for case in matrix(part)]
+    return list(dict.fromkeys([*every, *matrix("selection", _FAST), *representative()]))
+
+
+def representative() -> list[Case]:
+    """One ordinary problem per dtype, whose error stands beside that of plain attention."""
+    shape = {"t": 1024, "group": 16, "kv": 1, "d": 128, "dv": 128, "slots": 8, "window": 128}
+    return [Case(**shape, dtype=dtype) for dtype in DTYPES]
+
+
+def repeated() -> list[Case]:
+    """What is done 250 times: every road, blocks that everybody chose, each dtype."""
+    shape = {"t": 1000, "d": 128, "dv": 128, "slots": 8, "batch": 2}
+    return [
+        Case("selection", group=16, **shape),
+        Case("selection", group=2, dtype="float32", **shape),
+        Case("compression", group=16, block=16, **shape),
+        Case("whole", group=16, **shape),
+        Case("whole", group=3, **shape | {"t": 700, "batch": 1, "sequences": "ragged"}),
+    ]
+
+
+def watched() -> list[Case]:
+    """What compute-sanitizer watches, a hundred times slower than without it."""
+    return [
+        Case("selection", 129, 16, 1, slots=3),
+        Case("selection", 70, 3, 1, d=40, dv=24, block=16, slots=3, dtype="float32",
+             sequences="ragged", choice="holes", counts="tensor"),
+        Case("whole", 97, 4, 1, block=16, slots=3, window=20, dtype="float16"),
+        Case("compression", 65, 2, 1, block=16, stride=8, length=16, sequences="short"),
+    ]  # fmt: skip
+
+
+def suite() -> Suite:
+    """This experiment, as ``_correctness`` wants it described."""
+    return Suite(
+        worker="labkit.experiments._nsa_worker",
+        tensors=TENSORS, representative=representative(), repeated=repeated(), watched=watched(),
+        groups={"": ["default", "queries", "keys"], "_by_hand": ["by_hand"]},
+        order=lambda c: (c.part, c.d, c.dv, c.dtype, c.group, c.block),
+    )  # fmt: skip
+
+
+def run(*, quick: bool, device: str | None = None, progress: Progress | None = None) -> Result:
+    """Judge, repeat, and watch.
+
+    Returns
+    -------
+    Result
+        ``rows``: one per case and road with the error of each tensor, the addresses, the repeats,
+        and the sanitizer's summaries.  ``results``: as ``flash_correctness``, and ``<part>_cases``,
+        ``<part>_worst``; ``bfloat16_rmse_worst`` and ``bfloat16_rmse_above``, the largest root
+        mean square error over that of the tensor itself, and how many exceed 0.005;
+        ``addresses_worst``.
+    """
+    report = progress or (lambda done, total, what: None)
+    result, chosen = Result(), cases(quick)
+    judge(suite(), result, chosen, 20 if quick else REPEATS, report)
+    _by_part(result)
+    _rmse(result)
+    if not quick:
+        report(len(chosen) + 1, len(chosen) + 2, "addresses, compute-sanitizer")
+        _addresses(result)
+        sanitize(suite(), result)
+    report(len(chosen) + 2, len(chosen) + 2, "")
+    return result
+
+
+def _found(result: Result) -> list[tuple[dict[str, Any], str, dict[str, Any]]]:
+    return [
+        (row, name, found)
+        for row in result.rows if row.get("kind") == "case"
+        for name, found in row.get("tensors", {}).items()
+    ]  # fmt: skip
+
+
+def _by_part(result: Result) -> None:
+    how = "error / allowed, all tensors of the part"
+    for part in PARTS:
+        ratios = [
+            1e6 if found["ratio"] is None else min(1e6, found["ratio"])
+            for row, _, found in _found(result) if row.get("part") == part
+        ]  # fmt: skip
+        if ratios:
+            result.add(f"{part}_worst", max(ratios), "1", f"{how} {part}")
+            count = len({row["case"] for row in result.rows if row.get("part") == part})
+            result.add(f"{part}_cases", count, "1", f"cases of the part {part}")
+
+
+def _rmse(result: Result) -> None:
+    """The root mean square error in bfloat16 over the root mean square of the tensor itself."""
+    found = [
+        (found["rms"], row, name) for row, name, found in _found(result)
+        if row["dtype"] == "bfloat16" and name != "choice" and found["rms"] is not None
+    ]  # fmt: skip
+    if not found:
+        return
+    worst, row, name = max(found, key=lambda each: each[0])
+    how = "root mean square error / root mean square of the tensor, bfloat16, against float64"
+    result.add(
+        "bfloat16_rmse_worst", worst, "1", f"{how}; worst: {name} of {row['case']}, {row['road']}"
+    )
+    above = [each for each in found if each[0] >= RMSE]
+    result.add(
+        "bfloat16_rmse_above", len(above), "1", f"tensors of {len(found)} with {how} ≥ 0.005"
+    )
+    for value, row, name in sorted(above, key=lambda each: -each[0])[:8]:
+        result.notes.append(f"RMSE {value:.4f}: {name} of {row['case']}, {row['road']}")
+
+
+def _addresses(result: Result) -> None:
+    """In a process of its own, which needs most of a card's memory."""
+    far = Case("selection", t=264_000, group=16, kv=4, d=128, dv=128, slots=16)
+    (row,) = work(suite(), [far], times=-1)
+    result.rows.append({"kind": "addresses", **row})
+    if "failed" in row:
+        result.notes.append(f"addresses: {row['failed']}")
+        return
+    how = (
+        f"{far.t} tokens × {far.heads} heads × {far.d}: the largest difference between the last "
+        "rows and those of a problem with these queries only, over the largest value; selection "
+        "forward and backward, and the whole forward"
+    )
+    result.add("addresses_worst", row["worst"], "1", how)
+    result.add("addresses_elements", row["elements"], "1", "elements of q: 2³¹ is 2 147 483 648")
