@@ -300,7 +300,8 @@ def quotes(ctx: click.Context, files: tuple[Path, ...], write: bool) -> None:
     pages = list(files)
     if not pages:
         root = _checkout()
-        pages = [*sorted((root / "book").glob("**/*.md")), *sorted(root.glob("notebooks/*.ipynb"))]
+        pages = [root / "README.md", *sorted((root / "book").glob("**/*.md"))]
+        pages += sorted(root.glob("notebooks/*.ipynb"))
     if write:
         changed = sum(records.requote_file(page) for page in pages)
         click.echo(f"{changed} quote{'' if changed == 1 else 's'} rewritten.")

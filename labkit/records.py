@@ -646,6 +646,8 @@ _TEXT = re.compile(
     r"(?P<unit>\S*)"
 )
 _ROLE = re.compile(r"(?<!`)\{rec\}`(?P<body>[^`]*)`")
+# the same for a page that no Sphinx reads: the README
+_COMMENT = re.compile(r"<!-- rec: (?P<target>\S+) -->(?P<text>[^<]*)<!-- /rec -->")
 _BODY = re.compile(r"\s*(?P<text>[^<>]+?)\s*<(?P<target>[^<>]+)>\s*")
 _TARGET = re.compile(
     r"(?:(?P<machine>[a-z0-9-]+)/)?(?P<experiment>[a-z0-9_]+):(?P<key>[A-Za-z0-9_.=-]+)"
@@ -767,6 +769,9 @@ def check_quote(text: str, target: str, *, root: Path | str | None = None) -> No
 def find_quotes(markdown: str, where: str = "") -> Iterator[Quote]:
     """Every ``{rec}`` role in a Markdown text, code blocks left out.
 
+    A README has no roles; there a quote stands between ``<!-- rec: target -->`` and
+    ``<!-- /rec -->``.
+
     Raises
     ------
     RecordError
@@ -784,6 +789,9 @@ def find_quotes(markdown: str, where: str = "") -> Iterator[Quote]:
             )
         text = re.sub(r"[ \t]*\n[ \t]*", " ", body["text"])  # a role may wrap over two lines
         yield Quote(text, body["target"].strip(), role[0], line, where)
+    for match in _COMMENT.finditer(prose):
+        line = prose.count("\n", 0, match.start()) + 1
+        yield Quote(match["text"], match["target"], match[0], line, where)
 
 
 def _without_code(markdown: str) -> str:
@@ -836,6 +844,8 @@ def requote_file(path: Path | str, *, root: Path | str | None = None) -> int:
         if right == quote.text:
             continue
         new = f"{{rec}}`{right} <{quote.target}>`"
+        if quote.source.startswith("<!--"):
+            new = f"<!-- rec: {quote.target} -->{right}<!-- /rec -->"
         for old, fresh in _spellings(quote.source, new, notebook=path.suffix == ".ipynb"):
             if old in text:
                 text = text.replace(old, fresh)

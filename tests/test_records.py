@@ -419,6 +419,16 @@ def test_stale_quotes_are_rewritten_in_pages_and_notebooks(root, tmp_path, ascii
     assert json.loads(notebook.read_text(encoding="utf-8"))["cells"][0] == cells[0]
 
 
+def test_a_stale_quote_of_a_readme_is_found_and_rewritten(root, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("It copies at\n<!-- rec: demo:copy_peak -->1.11 TB/s<!-- /rec --> there.\n")
+    assert [(q.text, q.line) for q in records.quotes_in_file(page)] == [("1.11 TB/s", 2)]
+    assert records.requote_file(page, root=root) == 1
+    assert page.read_text() == (
+        "It copies at\n<!-- rec: demo:copy_peak -->4.28 TB/s<!-- /rec --> there.\n"
+    )
+
+
 def test_a_stale_quote_that_stands_twice_is_rewritten_twice(root, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("{rec}`4.1 TB/s <demo:copy_peak>`\n\nagain {rec}`4.1 TB/s <demo:copy_peak>`\n")

@@ -181,9 +181,26 @@ def _one_form_for_each_theme_and_the_light_one_on_paper(tab) -> None:
         assert len(paper) == 4 and paper[3] == 0, "and has no ground of its own"
 
 
+def _nothing_sticks_out_on_a_phone(tab) -> None:
+    tab.emulate_media(media="screen", color_scheme="light")
+    tab.set_viewport_size(PHONE)
+    wide = tab.evaluate(
+        """() => {
+             const room = document.documentElement.clientWidth + 1;
+             const scrolls = e => { for (; e; e = e.parentElement) {
+               const flow = getComputedStyle(e).overflowX;
+               if (['auto', 'scroll', 'hidden', 'clip'].includes(flow)) return true; } };
+             return [...document.querySelectorAll('article *')]
+               .filter(e => e.getBoundingClientRect().right > room && !scrolls(e.parentElement))
+               .map(e => e.outerHTML.slice(0, 120));
+           }""")
+    assert wide == []
+    assert tab.evaluate("() => document.documentElement.scrollWidth") <= PHONE["width"] + 1
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("page", PAGES)
-def test_page_draws_by_itself_in_each_theme_and_on_paper(page, site, open_page):
+def test_page_draws_by_itself_in_each_theme_on_paper_and_on_a_phone(page, site, open_page):
     """No request to another host, no script error (both by ``open_page``), nothing missing.
 
     One load for all of it: opening a page is what takes the time.
@@ -208,26 +225,7 @@ def test_page_draws_by_itself_in_each_theme_and_on_paper(page, site, open_page):
            }""")
     assert empty == []
     _one_form_for_each_theme_and_the_light_one_on_paper(tab)
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("page", PAGES)
-def test_page_fits_a_phone(page, site, open_page):
-    tab = open_page(viewport=PHONE)
-    tab.goto(f"{site}/{page}.html")
-    _ready(tab)
-    wide = tab.evaluate(
-        """() => {
-             const room = document.documentElement.clientWidth + 1;
-             const scrolls = e => { for (; e; e = e.parentElement) {
-               const flow = getComputedStyle(e).overflowX;
-               if (['auto', 'scroll', 'hidden', 'clip'].includes(flow)) return true; } };
-             return [...document.querySelectorAll('article *')]
-               .filter(e => e.getBoundingClientRect().right > room && !scrolls(e.parentElement))
-               .map(e => e.outerHTML.slice(0, 120));
-           }""")
-    assert wide == []
-    assert tab.evaluate("() => document.documentElement.scrollWidth") <= PHONE["width"] + 1
+    _nothing_sticks_out_on_a_phone(tab)
 
 
 @pytest.mark.browser
