@@ -1,0 +1,881 @@
+r"""The backward pass of selection by hand on Hopper: blocks stay, the rows that chose them come.
+
+What is computed is stated in ``selection_backward.py``.  With slope = scale · log₂e and
+LSE₂ = LSE · log₂e, and for 64 gathered rows of Q and dO (64 / G queries × G heads) at a time:
+
+.. math::
+    P^\top  &= 2^{\,\mathrm{slope}\, K Q^\top - \mathrm{LSE}_2}, &
+    dV &\mathrel{+}= P^\top dO                                      \\
+    dS^\top &= P^\top \circ (V dO^\top - \delta), &
+    dK &\mathrel{+}= dS^\top Q, \quad dQ_{\text{slot}} = \mathrm{scale}\; dS\, K
+
+Five products, none of them in vain.  A block's share of dQ is written once per (query, slot), and
+``shares_kernel`` sums it in the order of the slots.
+
+Four kinds of warps share a program, which owns one piece of one block's list:
+
+- A **producer** warp walks the list and asks the copy engine (TMA) for the rows.  The G heads of a
+  query lie in one piece of memory: a box ``[1, 1, G, 64]`` of ``[B, M, HQ, D]``.  Boxes of several
+  queries, side by side in shared memory, are one tile ``[64, D]`` for the product.
+- Two **consumer** warpgroups take steps in turn: one the even, one the odd.  Each has its own dK
+  and dV of the block.  They share K and V, and otherwise never meet: while one is in its
+  exponentials the other has the tensor cores.
+- A **storer** warp sends dQ away, query by query, as a consumer leaves it in shared memory.
+
+Only rows whose own block this is need the triangular mask.  The list is ascending, so they stand
+at its beginning; how many steps need it is counted once.  The last step may lack rows: the last
+query comes again in their place, and P is set to 0.
+
+Two consumers with their own sums make two partial sums of each piece: float32, added in order by
+``sums_kernel``.  Nothing is added atomically: the gradients are the same to the
+bit each time.
+
+Taught in chapter 13 (the kernels of sparse attention).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import e
+from math import log2 as _log2
+
+import torch
+import triton
+import triton.language as tl
+
+from labkit.nsa import lists
+from labkit.nsa.by_keys import Turned, find_piece
+from labkit.nsa.call import Call
+from labkit.nsa.lists import find_sequence
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_init,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    _MISSING = ""
+    _jit = gluon.jit
+    # One compilation for all sizes: nothing here gets faster by knowing that one of them is 1.
+    _kernel = gluon.jit(
+        do_not_specialize=(
+            "low", "heads", "chunks", "pieces", "each", "slots", "nq", "tiles", "cap", "own",
+        )
+    )
+except ImportError as problem:  # Gluon came with Triton 3.4 and is still experimental
+    gl, _MISSING = None, str(problem)
+
+    def _jit(function):
+        """The module imports without Gluon; ``supports`` says that nothing here can run."""
+        return function
+
+    _kernel = _jit
+
+
+__all__ = ["backward", "supports", "why_not"]
+
+LOG2E = _log2(e)
+#: bytes for the shares of dQ and the partial sums of one group of lists
+WORKSPACE = 9 * 2**28
+#: slots of the ring of Q and dO
+STAGES = 4
+
+
+# -- before: pieces and rows -----------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["low", "chunks", "heads", "pieces", "rows", "total", "size"])
+def items_kernel(
+    starts, owner, first, cu, cu_blocks, items, low, chunks, heads, pieces, rows, Nk, offset, size,
+    total, BLOCK: tl.constexpr, VARLEN: tl.constexpr, HALVINGS: tl.constexpr,
+    SEQUENCES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """``items [pieces, 4]``: entries lo … hi, row of the block's first key, first query to see it.
+
+    What :func:`labkit.nsa.by_keys.find_piece` finds, looked up once for the four kinds of warps.
+    """
+    x = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    _, _, _, _, block, _, _, lo, hi, start, own, _ = find_piece(
+        starts, owner, first, cu, cu_blocks, tl.minimum(x, total - 1), low, chunks, heads, pieces,
+        rows, Nk, offset, size, 1, VARLEN, HALVINGS, SEQUENCES,
+    )  # fmt: skip
+    key = block * BLOCK
+    tl.store(items + x * 4, lo, mask=x < total)
+    tl.store(items + x * 4 + 1, hi, mask=x < total)
+    tl.store(items + x * 4 + 2, (start + key).to(tl.int32), mask=x < total)
+    tl.store(items + x * 4 + 3, key - own, mask=x < total)
+
+
+@triton.jit(do_not_specialize=["low", "chunks", "heads", "each", "slots", "Nq"])
+def lines_kernel(
+    lse, delta, order, lines, low, chunks, heads, each, slots, Nq,
+    GROUP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """LSE₂ and δ in the order of the list, ``lines [lists, 2, entries · G]``.
+
+    A query that saw no key has LSE = −∞ and gets +∞ here: its P = 2^(s − ∞) is 0.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    near = tl.program_id(1).to(tl.int64)
+    which = low + near
+    bh = which // chunks
+    x = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    entry, g = x // GROUP, x % GROUP
+    there = entry < each
+    chosen = tl.load(order + which * each + entry, there, -1)
+    used = chosen >= 0
+    row = bh // heads * Nq + (tl.maximum(chosen, 0) // slots).to(tl.int64)
+    row = row * (heads * GROUP) + bh % heads * GROUP + g
+    one = tl.load(lse + row, used, float("-inf"))
+    one = tl.where(one == float("-inf"), float("inf"), one * LOG2E)
+    to = near * 2 * each * GROUP + x
+    tl.store(lines + to, one, mask=there)
+    tl.store(lines + to + each * GROUP, tl.load(delta + row, used, 0.0), mask=there)
+
+
+# -- after: the shares of dQ -----------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["low", "chunks", "heads", "each", "slots", "chunk", "Nq"])
+def shares_kernel(
+    shares, used, split, dq, stride_qb, stride_qn, stride_qh,
+    low, chunks, heads, each, slots, chunk, Nq,
+    GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dQ of ``ROWS`` rows (query, head of the group): their shares, in the order of the slots."""
+    if tl.load(split) != 0:
+        return
+    near = tl.program_id(1).to(tl.int64)
+    which = low + near
+    bh, first = which // chunks, which % chunks * chunk
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    i, g = row // GROUP, row % GROUP
+    token = first + i
+    there = (i < chunk) & (token < Nq)
+    column = tl.arange(0, D)
+    slot = near * each + i * slots
+    acc = tl.zeros([ROWS, D], tl.float32)
+    for s in tl.range(0, slots):
+        counts = tl.load(used + which * each + i * slots + s, there, 0) != 0
+        at = (((slot + s) * GROUP + g) * D)[:, None] + column[None, :]
+        acc += tl.load(shares + at, counts[:, None], 0.0).to(tl.float32)
+    at = bh // heads * stride_qb + token * stride_qn + (bh % heads * GROUP + g) * stride_qh
+    tl.store(dq + at[:, None] + column[None, :], acc.to(dq.dtype.element_ty), mask=there[:, None])
+
+
+# -- after: the partial sums of dK and dV ----------------------------------------------------------
+
+
+@triton.jit
+def _sum_pieces(
+    parts, sums, out, at_out, near, begin, end, halves, row, j, there, stride, scale,
+    D: tl.constexpr, TOGETHER: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, D)
+    inside = there[:, None] & (column < D)[None, :]
+    kept = (row.to(tl.int64) * 64 + j)[:, None] * D + column[None, :]
+    acc = tl.zeros([j.shape[0], D], tl.float32)
+    if BEFORE:
+        acc = tl.load(sums + kept, inside, 0.0)
+    for piece in tl.range(begin, end, TOGETHER):
+        n = piece + tl.arange(0, TOGETHER)
+        at = ((near * halves + n)[:, None] * 64 + j[None, :]) * D
+        some = (n < end)[:, None, None] & inside[None, :, :]
+        acc += tl.sum(tl.load(parts + at[:, :, None] + column[None, None, :], some, 0.0), 0)
+    if AFTER:
+        tl.store(sums + kept, acc, mask=inside)
+    else:
+        to = at_out + (j * stride)[:, None] + column[None, :]
+        tl.store(out + to, (acc * scale).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["low", "chunks", "heads", "halves", "rows"])
+def sums_kernel(
+    dk_parts, dv_parts, dk_sums, dv_sums, dk, dv, first, cu, cu_blocks,
+    stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    low, chunks, heads, halves, rows, Nk, scale,
+    D: tl.constexpr, TALL: tl.constexpr, TOGETHER: tl.constexpr,
+    VARLEN: tl.constexpr, HALVINGS: tl.constexpr, SEQUENCES: tl.constexpr,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of ``TALL`` tokens: the partial sums of the pieces of their block's list.
+
+    ``TOGETHER`` at a time, always the same ones in the same way: everybody's block has many, and
+    one after the other they would be waited for.  ``BEFORE``, ``AFTER``: see
+    ``selection_backward.sum_kernel``.
+    """
+    SLICES: tl.constexpr = 64 // TALL
+    x = tl.program_id(0)
+    inner, x = x % SLICES, x // SLICES
+    row, near = x % rows, (x // rows).to(tl.int64)
+    which = low + near
+    bh = which // chunks
+    batch, head = bh // heads, bh % heads
+    begin = 2 * tl.load(first + which * (rows + 1) + row)
+    end = 2 * tl.load(first + which * (rows + 1) + row + 1)
+    block, start = row, tl.cast(0, tl.int64)
+    if VARLEN:
+        if row >= tl.load(cu_blocks + SEQUENCES):
+            return
+        sequence = find_sequence(cu_blocks, row, SEQUENCES, HALVINGS)
+        block -= tl.load(cu_blocks + sequence).to(tl.int32)
+        start = tl.load(cu + sequence).to(tl.int64)
+        Nk = (tl.load(cu + sequence + 1) - start).to(tl.int32)
+    j = inner * TALL + tl.arange(0, TALL)
+    there = block * 64 + j < Nk
+    token = start + block * 64
+    if tl.program_id(1) == 0:
+        at = batch * stride_kb + token * stride_kn + head * stride_kh
+        _sum_pieces(dk_parts, dk_sums, dk, at, near, begin, end, halves, row, j, there, stride_kn,
+                    scale, D, TOGETHER, BEFORE, AFTER)  # fmt: skip
+    else:
+        at = batch * stride_vb + token * stride_vn + head * stride_vh
+        _sum_pieces(dv_parts, dv_sums, dv, at, near, begin, end, halves, row, j, there, stride_vn,
+                    1.0, D, TOGETHER, BEFORE, AFTER)  # fmt: skip
+
+
+# -- the producer ----------------------------------------------------------------------------------
+
+
+@_jit
+def _entries(order, e, hi, slots, N: gl.constexpr):
+    """Entries e … e + N of the list; the last one again beyond its end."""
+    found = ()
+    for j in gl.static_range(N):
+        found = found + (gl.load(order + gl.minimum(e + j, hi - 1)),)  # noqa: RUF005
+    return found
+
+
+@_jit
+def _gather(described, batch, head, chosen, slots, full, boxes, D: gl.constexpr, G: gl.constexpr):
+    """64 / G queries, side by side: [D / 64][64 rows][64 columns], as the product wants them."""
+    N: gl.constexpr = 64 // G
+    for j in gl.static_range(N):
+        query = chosen[j] // slots
+        for half in gl.static_range(D // 64):
+            tma.async_copy_global_to_shared(
+                described, [batch, query, head * G, half * 64], full, boxes.index(half * N + j)
+            )
+
+
+@_jit
+def _boxes(tile, D: gl.constexpr, G: gl.constexpr):
+    """The boxes [1, 1, G, 64] that a tile [64, D] consists of: the same bytes."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
+    return tile._reinterpret(tile.dtype, [64 // G * (D // 64), 1, 1, G, 64], layout)
+
+
+@_jit
+def _produce(args, D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
+    """K and V once; then, step after step, Q and dO of 64 / G queries and what belongs to them."""
+    smem, bars, descs, numbers = args
+    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem = smem
+    kv_full, q_full, do_full, q_empty, do_empty = bars
+    q_desc, do_desc, k_desc, v_desc, lines_desc = descs
+    order, batch, head, near, lo, hi, steps, key, slots = numbers
+    N: gl.constexpr = 64 // G
+    box: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
+    if steps > 0:
+        mbarrier.expect(kv_full, 2 * 64 * D * 2)
+        at = [batch, key, head, 0]
+        into = k_smem._reinterpret(k_smem.dtype, [1, 64, 1, D], box)
+        tma.async_copy_global_to_shared(k_desc, at, kv_full, into)
+        into = v_smem._reinterpret(v_smem.dtype, [1, 64, 1, D], box)
+        tma.async_copy_global_to_shared(v_desc, at, kv_full, into)
+    for n in range(steps):
+        e = lo + n * N
+        slot, parity = n % STAGES, (n // STAGES) & 1
+        chosen = _entries(order, e, hi, slots, N)
+        # A barrier nobody has used counts as one whose phase before the first has ended.
+        mbarrier.wait(q_empty.index(slot), parity ^ 1)
+        full = q_full.index(slot)
+        mbarrier.expect(full, 64 * D * 2 + 64 * 4)
+        _gather(q_desc, batch, head, chosen, slots, full, _boxes(q_smem.index(slot), D, G), D, G)
+        tma.async_copy_global_to_shared(lines_desc, [near * 2, e * G], full, lse_smem.index(slot))
+        mbarrier.wait(do_empty.index(slot), parity ^ 1)
+        full = do_full.index(slot)
+        mbarrier.expect(full, 64 * D * 2 + 64 * 4)
+        _gather(do_desc, batch, head, chosen, slots, full, _boxes(do_smem.index(slot), D, G), D, G)
+        at = [near * 2 + 1, e * G]
+        tma.async_copy_global_to_shared(lines_desc, at, full, delta_smem.index(slot))
+
+
+@_jit
+def _send(args, D: gl.constexpr, G: gl.constexpr):
+    """dQ of each step to its places (query, slot)."""
+    dq_smem, dq_full, dq_empty, dq_desc, order, first, lo, hi, steps = args
+    N: gl.constexpr = 64 // G
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=3)
+    for n in range(steps):
+        e = lo + n * N
+        who = n % 2
+        chosen = _entries(order, e, hi, 1, N)
+        mbarrier.wait(dq_full.index(who), (n // 2) & 1)
+        tile = dq_smem.index(who)
+        boxes = tile._reinterpret(tile.dtype, [N * (D // 64), 1, G, 64], layout)
+        for j in gl.static_range(N):
+            if e + j < hi:
+                for half in gl.static_range(D // 64):
+                    tma.async_copy_shared_to_global(
+                        dq_desc, [first + chosen[j], 0, half * 64], boxes.index(half * N + j)
+                    )
+        tma.store_wait(0)
+        mbarrier.arrive(dq_empty.index(who), count=1)
+
+
+# -- the consumers ---------------------------------------------------------------------------------
+
+
+@_jit
+def _row(smem, slot, layout: gl.constexpr):
+    """One number per gathered row, as the columns of a transposed tile want them."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    row = smem.index(slot)._reinterpret(gl.float32, [64], flat)
+    return row.load(gl.SliceLayout(0, layout))[None, :]
+
+
+@_jit
+def _hide(p, order, e, hi, first, slots, G: gl.constexpr):
+    """0 for keys after the query, and for rows beyond the end of the list.
+
+    ``first``: the query that stands on the block's first key.
+    """
+    layout: gl.constexpr = p.type.layout
+    at = e + gl.arange(0, 64, gl.SliceLayout(0, layout)) // G
+    query = gl.load(order + at, mask=at < hi, other=0) // slots
+    limit = gl.where(at < hi, query - first, -1)
+    key = gl.arange(0, 64, gl.SliceLayout(1, layout))
+    return gl.where(key[:, None] <= limit[None, :], p, 0.0)
+
+
+@_jit
+def _walk(args, dk, dv, masked, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr,
+          STAGES: gl.constexpr, FUSED: gl.constexpr):  # fmt: skip
+    """Every other step; ``FUSED``: with its share of dQ."""
+    smem, bars, order, _, numbers = args
+    k_tile, v_tile, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = smem
+    _, q_full, do_full, q_empty, do_empty, dq_full, dq_empty = bars
+    lo, hi, steps, first, slots, _, slope, scale = numbers
+    N: gl.constexpr = 64 // G
+    # A product of a warpgroup leaves 16 rows to each of its warps.
+    tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    grad: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    # The result of one product as the left factor of the next: each thread has its own values.
+    left: gl.constexpr = gl.DotOperandLayout(0, grad, 2)
+    dtype: gl.constexpr = k_tile.dtype
+    whole = (hi - lo) // N
+    none = gl.zeros([64, 64], gl.float32, tile)
+    nothing = gl.zeros([64, D], gl.float32, grad)
+    for n in range(WHO, steps, 2):
+        slot, parity = n % STAGES, (n // STAGES) & 1
+        q_t = q_smem.index(slot).permute((1, 0))
+        do_t = do_smem.index(slot).permute((1, 0))
+        mbarrier.wait(q_full.index(slot), parity)
+        s = warpgroup_mma(k_tile, q_t, none, use_acc=False, is_async=True)
+        mbarrier.wait(do_full.index(slot), parity)
+        dp = warpgroup_mma(v_tile, do_t, none, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, [s])
+        # While dP runs:
+        p = gl.exp2(s * slope - _row(lse_smem, slot, tile))
+        if (n < masked) | (n >= whole):
+            p = _hide(p, order, lo + n * N, hi, first, slots, G)
+        p_left = gl.convert_layout(p.to(dtype), left, assert_trivial=True)
+        dv = warpgroup_mma(p_left, do_smem.index(slot), dv, is_async=True)
+        dp = warpgroup_mma_wait(1, [dp])
+        # While dV runs:
+        ds = (p * (dp - _row(delta_smem, slot, tile))).to(dtype)
+        ds_left = gl.convert_layout(ds, left, assert_trivial=True)
+        if FUSED:
+            ds_smem.index(WHO).store(ds)
+            fence_async_shared()
+        dk = warpgroup_mma(ds_left, q_smem.index(slot), dk, is_async=True)
+        dv = warpgroup_mma_wait(1, [dv])
+        mbarrier.arrive(do_empty.index(slot), count=1)
+        if FUSED:
+            ds_t = ds_smem.index(WHO).permute((1, 0))
+            dq = warpgroup_mma(ds_t, k_tile, nothing, use_acc=False, is_async=True)
+            dk = warpgroup_mma_wait(1, [dk])
+            mbarrier.arrive(q_empty.index(slot), count=1)
+            dq = warpgroup_mma_wait(0, [dq])
+            mbarrier.wait(dq_empty.index(WHO), ((n // 2) & 1) ^ 1)
+            dq_smem.index(WHO).store((dq * scale).to(dtype))
+            fence_async_shared()
+            mbarrier.arrive(dq_full.index(WHO), count=1)
+        else:
+            dk = warpgroup_mma_wait(0, [dk])
+            mbarrier.arrive(q_empty.index(slot), count=1)
+    return dk, dv
+
+
+@_jit
+def _consume(args, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
+    """dK and dV of the block, summed over every other step."""
+    _, bars, order, out, numbers = args
+    dk_out, dv_out = out
+    lo, hi, steps, first, slots, split, _, _ = numbers
+    tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    grad: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    if steps > 0:
+        # The list is ascending: queries of this block stand at its beginning.
+        at = lo + gl.arange(0, 64, gl.SliceLayout(0, tile))
+        query = gl.load(order + at, mask=at < hi, other=0) // slots
+        mine = gl.sum(((at < hi) & (query < first + 63)).to(gl.int32), 0)
+        masked = gl.cdiv(mine, 64 // G)
+        dk = gl.zeros([64, D], gl.float32, grad)
+        dv = gl.zeros([64, D], gl.float32, grad)
+        mbarrier.wait(bars[0], 0)
+        if split != 0:
+            dk, dv = _walk(args, dk, dv, masked, WHO, D, G, STAGES, False)
+        else:
+            dk, dv = _walk(args, dk, dv, masked, WHO, D, G, STAGES, True)
+        j = gl.arange(0, 64, gl.SliceLayout(1, grad)) + WHO * 64
+        column = gl.arange(0, D, gl.SliceLayout(0, grad))
+        at = (j * D)[:, None] + column[None, :]
+        gl.store(dk_out + at, dk)
+        gl.store(dv_out + at, dv)
+
+
+# -- the program -----------------------------------------------------------------------------------
+
+
+@_kernel
+def dkdv_kernel(
+    q, dout, k, v, lines, dq, order, items, split, dk, dv, low,
+    heads, chunks, pieces, each, slots, slope, scale,
+    D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One piece of one block's list: two partial sums of dK and dV; shares of dQ if not split."""
+    N: gl.constexpr = 64 // G
+    dtype: gl.constexpr = k.dtype
+    # 128-byte rows, their 16-byte pieces permuted: what TMA writes and wgmma reads unconflicted.
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    line: gl.constexpr = gl.NVMMASharedLayout(0, 32, rank=2)
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    x = gl.program_id(0)
+    near = x // pieces
+    which = low + near
+    bh = which // chunks
+    batch = bh // heads
+    head = bh % heads
+    lo = gl.load(items + x * 4)
+    hi = gl.load(items + x * 4 + 1)
+    key = gl.load(items + x * 4 + 2)
+    first = gl.load(items + x * 4 + 3)
+    split = gl.load(split)
+    steps = gl.cdiv(gl.maximum(hi - lo, 0), N)
+    order = order + which.to(gl.int64) * each
+    out = x.to(gl.int64) * (2 * 64 * D)
+
+    k_smem = gl.allocate_shared_memory(dtype, [64, D], tile)
+    v_smem = gl.allocate_shared_memory(dtype, [64, D], tile)
+    q_smem = gl.allocate_shared_memory(dtype, [STAGES, 64, D], tile)
+    do_smem = gl.allocate_shared_memory(dtype, [STAGES, 64, D], tile)
+    ds_smem = gl.allocate_shared_memory(dtype, [2, 64, 64], tile)
+    dq_smem = gl.allocate_shared_memory(dtype, [2, 64, D], tile)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 64], line)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 64], line)
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    dq_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    mbarrier.init(kv_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(do_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+        mbarrier.init(do_empty.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(dq_full.index(i), count=1)
+        mbarrier.init(dq_empty.index(i), count=1)
+    fence_async_shared()  # the copy engine must see the barriers before it completes them
+
+    loads = (
+        (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem),
+        (kv_full, q_full, do_full, q_empty, do_empty),
+        (q, dout, k, v, lines),
+        (order, batch, head, near, lo, hi, steps, key, slots),
+    )  # fmt: skip
+    work = (
+        (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem),
+        (kv_full, q_full, do_full, q_empty, do_empty, dq_full, dq_empty),
+        order, (dk + out, dv + out), (lo, hi, steps, first, slots, split, slope, scale),
+    )  # fmt: skip
+    # Entries count from the first query of the head; shares of dQ from that of the range.
+    sends = (dq_smem, dq_full, dq_empty, dq, order, (near - which % chunks) * each, lo, hi,
+             gl.where(split != 0, 0, steps))  # fmt: skip
+    gl.warp_specialize([
+        (_consume, (work, 0, D, G, STAGES)),
+        (_consume, (work, 1, D, G, STAGES)),
+        (_produce, (loads, D, G, STAGES)),
+        (_send, (sends, D, G)),
+    ], [4, 1, 1], [240, 24, 24])  # fmt: skip
+
+
+# -- dQ by queries ---------------------------------------------------------------------------------
+
+
+@_jit
+def _p(s, lse, chose, bit, block, i, own, G: gl.constexpr, slope):
+    """P = 2^(slope · S − LSE₂); 0 where a query did not choose the block or stands before a key."""
+    layout: gl.constexpr = s.type.layout
+    at = gl.arange(0, 64, gl.SliceLayout(1, layout)) // G
+    active = ((chose >> (bit + at)) & 1) != 0
+    p = gl.exp2(s * slope - gl.where(active, lse, float("inf"))[:, None])
+    if block * 64 + 63 > i + own:
+        key = block * 64 + gl.arange(0, 64, gl.SliceLayout(0, layout))
+        p = gl.where(key[None, :] <= (i + own + at)[:, None], p, 0.0)
+    return p
+
+
+@_jit
+def _dq_consume(args, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
+    """64 rows: their Q and dO stay in shared memory, their dQ in registers."""
+    smem, bars, dq_desc, rows, union, numbers = args
+    q_smem, do_smem, k_smem, v_smem = smem
+    q_full, k_full, v_full, empty = bars
+    lse_rows, delta_rows = rows
+    blocks, members, steps = union
+    batch, head, first, nq, own, heads, slope, scale = numbers
+    N: gl.constexpr = 64 // G
+    tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    grad: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, grad, 2)
+    dtype: gl.constexpr = k_smem.dtype
+    q_tile = q_smem.index(WHO)
+    do_tile = do_smem.index(WHO)
+    i = first + WHO * N
+    bit = WHO * N
+    if steps > 0:
+        none = gl.zeros([64, 64], gl.float32, tile)
+        # A query that saw no key, and a row past the end: LSE₂ = +∞ makes their P 0.
+        row = gl.arange(0, 64, gl.SliceLayout(1, tile))
+        query = i + row // G
+        at = (query.to(gl.int64) * heads + head) * G + row % G
+        lse = gl.load(lse_rows + at, mask=query < nq, other=float("-inf"))
+        lse = gl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+        delta = gl.load(delta_rows + at, mask=query < nq, other=0.0)[:, None]
+        block = gl.load(blocks)
+        chose = gl.load(members)
+
+        mbarrier.wait(q_full, 0)
+        mbarrier.wait(k_full.index(0), 0)
+        k_t = k_smem.index(0).permute((1, 0))
+        s = warpgroup_mma(q_tile, k_t, none, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(0), 0)
+        v_t = v_smem.index(0).permute((1, 0))
+        dp = warpgroup_mma(do_tile, v_t, none, use_acc=False, is_async=True)
+        s, dp = warpgroup_mma_wait(0, [s, dp])
+        ds = _p(s, lse, chose, bit, block, i, own, G, slope) * (dp - delta)
+        ds_left = gl.convert_layout(ds.to(dtype), left, assert_trivial=True)
+        dq = warpgroup_mma_init(gl.zeros([64, D], gl.float32, grad))
+        last = 0
+        for x in range(1, steps):
+            block = gl.load(blocks + x)
+            chose = gl.load(members + x)
+            slot, parity = x % STAGES, (x // STAGES) & 1
+            k_t = k_smem.index(slot).permute((1, 0))
+            v_t = v_smem.index(slot).permute((1, 0))
+            mbarrier.wait(k_full.index(slot), parity)
+            s = warpgroup_mma(q_tile, k_t, none, use_acc=False, is_async=True)
+            dq = warpgroup_mma(ds_left, k_smem.index(last), dq, is_async=True)  # of the one before
+            mbarrier.wait(v_full.index(slot), parity)
+            dp = warpgroup_mma(do_tile, v_t, none, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(2, [s])
+            # While dQ and dP run:
+            p = _p(s, lse, chose, bit, block, i, own, G, slope)
+            dp, dq = warpgroup_mma_wait(0, [dp, dq])
+            dq = warpgroup_mma_init(dq)
+            mbarrier.arrive(empty.index(last), count=1)
+            ds = p * (dp - delta)
+            ds_left = gl.convert_layout(ds.to(dtype), left, assert_trivial=True)
+            last = slot
+        dq = warpgroup_mma(ds_left, k_smem.index(last), dq, is_async=True)
+        dq = warpgroup_mma_wait(0, [dq])
+        q_tile.store((dq * scale).to(dtype))
+        fence_async_shared()
+        box: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
+        out = q_tile._reinterpret(dtype, [1, N, G, D], box)
+        tma.async_copy_shared_to_global(dq_desc, [batch, i, head * G, 0], out)
+        tma.store_wait(0)
+
+
+@_jit
+def _dq_produce(args, D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
+    """Q and dO once; then K and V of each block of the union."""
+    smem, bars, descs, blocks, numbers = args
+    q_desc, do_desc, k_desc, v_desc = descs
+    batch, head, first, steps = numbers
+    q_smem, do_smem, k_smem, v_smem = smem
+    q_full, k_full, v_full, empty = bars
+    N: gl.constexpr = 64 // G
+    box: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
+    dtype: gl.constexpr = k_smem.dtype
+    if steps > 0:
+        mbarrier.expect(q_full, 2 * 2 * 64 * D * 2)
+        for who in gl.static_range(2):
+            at = [batch, first + who * N, head * G, 0]
+            into = q_smem.index(who)._reinterpret(dtype, [1, N, G, D], box)
+            tma.async_copy_global_to_shared(q_desc, at, q_full, into)
+            into = do_smem.index(who)._reinterpret(dtype, [1, N, G, D], box)
+            tma.async_copy_global_to_shared(do_desc, at, q_full, into)
+    for x in range(steps):
+        slot, parity = x % STAGES, (x // STAGES) & 1
+        at = [batch, gl.load(blocks + x) * 64, head, 0]
+        mbarrier.wait(empty.index(slot), parity ^ 1)
+        full = k_full.index(slot)
+        mbarrier.expect(full, 64 * D * 2)
+        into = k_smem.index(slot)._reinterpret(dtype, [1, 64, 1, D], box)
+        tma.async_copy_global_to_shared(k_desc, at, full, into)
+        full = v_full.index(slot)
+        mbarrier.expect(full, 64 * D * 2)
+        into = v_smem.index(slot)._reinterpret(dtype, [1, 64, 1, D], box)
+        tma.async_copy_global_to_shared(v_desc, at, full, into)
+
+
+@_kernel
+def dq_kernel(
+    q, dout, k, v, dq, lse, delta, blocks, members, counts, split,
+    heads, nq, tiles, cap, own, slope, scale,
+    D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dQ of 128 rows, summed over the union of their blocks; nothing unless ``split``."""
+    dtype: gl.constexpr = k.dtype
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    x = gl.program_id(0)
+    bh = x // tiles
+    batch = bh // heads
+    head = bh % heads
+    first = (tiles - 1 - x % tiles) * (128 // G)
+    union = bh.to(gl.int64) * tiles + (tiles - 1 - x % tiles)
+    # Where nobody chose anything, the first block is −1, outside of K, and its members are 0.
+    steps = gl.where(gl.load(split) != 0, gl.maximum(gl.load(counts + union), 1), 0)
+    blocks = blocks + union * cap
+    members = members + union * cap
+    rows = batch.to(gl.int64) * nq * heads * G
+
+    q_smem = gl.allocate_shared_memory(dtype, [2, 64, D], tile)
+    do_smem = gl.allocate_shared_memory(dtype, [2, 64, D], tile)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 64, D], tile)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 64, D], tile)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    mbarrier.init(q_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+
+    smem = (q_smem, do_smem, k_smem, v_smem)
+    bars = (q_full, k_full, v_full, empty)
+    work = (smem, bars, dq, (lse + rows, delta + rows), (blocks, members, steps),
+            (batch, head, first, nq, own, heads, slope, scale))  # fmt: skip
+    loads = (smem, bars, (q, dout, k, v), blocks, (batch, head, first, steps))
+    gl.warp_specialize([
+        (_dq_consume, (work, 0, D, G, STAGES)),
+        (_dq_consume, (work, 1, D, G, STAGES)),
+        (_dq_produce, (loads, D, G, STAGES)),
+    ], [4, 1], [240, 24])  # fmt: skip
+
+
+# -- launching -------------------------------------------------------------------------------------
+
+
+def _described(x: torch.Tensor, block: list[int], bits: int = 16, swizzle: int = 128):
+    """How the copy engine sees x: boxes of ``block``."""
+    # The stride of a dimension of size 1 is never used, and may be anything.
+    strides = [
+        stride if size > 1 else max(8, stride - stride % 8)
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    ]
+    layout = gl.NVMMASharedLayout(swizzle, bits, rank=x.ndim)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+
+
+#: gathered rows of one piece: what one program has to do
+PIECE = 8192
+#: how dQ is made: "fused" or "split"; None: as the choice of the blocks suggests
+ROAD = None
+#: how often a row may be multiplied, for one time that is asked for, before the shares are better
+AGREE = 2
+
+
+def _turn(block_indices, call: Call, n_k: int, group: int, d: int, workspace: int, piece: int):
+    """``by_keys.turn`` with two partial sums of dK and dV for each piece."""
+    b, m, h, s = block_indices.shape
+    size, rows = max(1, piece // group), lists.block_rows(call, n_k)
+
+    def needs(queries: int) -> int:
+        shares = queries * s * group * (2 * d + 8)
+        return shares + (queries * s // size + rows) * 2 * 2 * 64 * d * 4
+
+    chunk = m
+    while chunk > 256 and needs(chunk) > workspace:
+        chunk = -(-chunk // 2)
+    order, starts, used = lists.by_slot(block_indices, call, n_k, chunk)
+    owner, first = lists.parts(starts, size, chunk * s)
+    chunks = starts.shape[2]
+    return Turned(
+        order, starts, used, owner, first, lists=b * h * chunks, chunks=chunks, chunk=chunk,
+        rows=rows, steps=1, keys=64, size=size, pieces=owner.shape[-1], each=chunk * s,
+        together=1 if chunks > 1 else max(1, min(b * h, int(workspace // needs(chunk)))),
+    )  # fmt: skip
+
+
+def _split(block_indices, turned: Turned, call: Call, n_k: int, group: int, road: str | None):
+    """The unions of 128 rows, and whether to take dQ along them: a number on the device.
+
+    Along unions dQ costs two products more, and rows in vain: it pays when neighbours agree.
+    """
+    road = road or ROAD
+    if road == "fused" or call.cu is not None:
+        return None, turned.starts.new_zeros(1)
+    union = lists.unions(block_indices, 128 // group, call, n_k)
+    if road == "split":
+        return union, turned.starts.new_ones(1)
+    wanted, walked = turned.starts[..., -1].sum(), union[2].sum()
+    return union, (walked * 128 < wanted * (AGREE * group)).to(torch.int32).view(1)
+
+
+def backward(
+    dout, dlse, q, k, v, o, lse, block_indices, call: Call, *,
+    road: str | None = None, workspace: int = WORKSPACE, piece: int = PIECE,
+):  # fmt: skip
+    """dQ, dK and dV; parameters and results as for ``selection_backward.backward``.
+
+    Parameters
+    ----------
+    road : ``"fused"`` or ``"split"`` overrules how dQ is made.
+    workspace : bytes for the shares of dQ and the partial sums of one group of lists.
+    piece : gathered rows that one program takes, at most.
+    """
+    from labkit.nsa import selection_backward as stock
+
+    (b, m, hq, d), (n, heads) = q.shape, k.shape[1:3]
+    group, slots = hq // heads, block_indices.shape[3]
+    if any(s % 8 for s in dout.stride()[:3]) or dout.stride(3) != 1 or dout.data_ptr() % 16:
+        dout = dout.contiguous()
+    new = q.new_empty
+    dq, dk, dvalues = new(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    delta, lse_rows = new((2, b, m, hq), dtype=torch.float32)
+    extra = lse if dlse is None else dlse
+    tall = 4096 // d
+    stock.rows_kernel[(triton.cdiv(b * m * hq, tall),)](
+        o, dout, lse, extra, delta, lse_rows, *o.stride()[:3], *dout.stride(), *lse.stride(),
+        *extra.stride(), hq, m, b * m * hq,
+        DV=d, BLOCK_DV=d, ROWS=tall, HAS_DLSE=dlse is not None, num_warps=4,
+    )  # fmt: skip
+
+    turned = _turn(block_indices, call, n, group, d, workspace, piece)
+    union, split = _split(block_indices, turned, call, n, group, road)
+    keys = [_described(x, [1, 64, 1, d]) for x in (k, v)]
+    if union is not None:
+        box = [1, 64 // group, group, d]
+        tiles = union[2].shape[2]
+        dq_kernel[(b * heads * tiles,)](
+            _described(q, box), _described(dout, box), *keys, _described(dq, box),
+            lse_rows, delta, *union, split, heads, m, tiles, union[0].shape[3], call.offset,
+            call.scale * LOG2E, call.scale, D=d, G=group, STAGES=STAGES, num_warps=4,
+        )  # fmt: skip
+    shares = new((turned.together * turned.each, group, d))
+    sums = turned.together * turned.pieces * 2 * 64
+    dk_parts, dv_parts = new((2, sums, d), dtype=torch.float32)
+    sums = turned.rows * 64 if turned.chunks > 1 else 0
+    dk_sums, dv_sums = new((2, sums, d), dtype=torch.float32)
+    lines = new((turned.together * 2, turned.each * group), dtype=torch.float32)
+    items = new((turned.together * turned.pieces, 4), dtype=torch.int32)
+    box = [1, 1, group, 64]
+    described = (
+        _described(q, box), _described(dout, box), *keys, _described(lines, [1, 64], 32, 0),
+        _described(shares, [1, group, 64]),
+    )  # fmt: skip
+    shared = dict(VARLEN=call.cu is not None, HALVINGS=lists.steps_for(call),
+                  SEQUENCES=call.sequences or 1)  # fmt: skip
+    queries = max(1, 2048 // d)
+    for low, number in turned.groups():
+        total = number * turned.pieces
+        items_kernel[(triton.cdiv(total, 128),)](
+            turned.starts, turned.owner, turned.first, call.cu, call.cu_blocks, items,
+            low, turned.chunks, heads, turned.pieces, turned.rows, call.max_k, call.offset,
+            turned.size, total, BLOCK=64, **shared, ROWS=128,
+        )  # fmt: skip
+        lines_kernel[(triton.cdiv(turned.each * group, 1024), number)](
+            lse_rows, delta, turned.order, lines, low, turned.chunks, heads, turned.each, slots, m,
+            GROUP=group, ROWS=1024,
+        )  # fmt: skip
+        dkdv_kernel[(total,)](
+            *described, turned.order, items, split, dk_parts, dv_parts, low,
+            heads, turned.chunks, turned.pieces, turned.each, slots,
+            call.scale * LOG2E, call.scale, D=d, G=group, STAGES=STAGES, num_warps=4,
+        )  # fmt: skip
+        range_ = low % turned.chunks
+        sums_kernel[(number * turned.rows * 16, 2)](
+            dk_parts, dv_parts, dk_sums, dv_sums, dk, dvalues, turned.first, call.cu,
+            call.cu_blocks, *dk.stride()[:3], *dvalues.stride()[:3],
+            low, turned.chunks, heads, 2 * turned.pieces, turned.rows, call.max_k, call.scale,
+            D=d, TALL=4, TOGETHER=8, **shared,
+            BEFORE=range_ > 0, AFTER=range_ < turned.chunks - 1, num_warps=4,
+        )  # fmt: skip
+        shares_kernel[(triton.cdiv(turned.chunk * group, queries), number)](
+            shares, turned.used, split, dq, *dq.stride()[:3], low, turned.chunks, heads,
+            turned.each, slots, turned.chunk, m, GROUP=group, D=d, ROWS=queries, num_warps=4,
+        )  # fmt: skip
+    return dq, dk, dvalues
+
+
+@cache
+def _hopper(index: int) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9
+
+
+def supports(q, k, v, call: Call) -> bool:
+    """Whether these kernels can run on such tensors; never raises.  :func:`why_not` says why."""
+    return why_not(q, k, v, call) is None
+
+
+def why_not(q, k, v, call: Call) -> str | None:
+    """None if these kernels can run on such tensors, else the reason; never raises.
+
+    They need a Hopper GPU, float16 or bfloat16, head_dim and head_dim_v equal and 64 or 128, blocks
+    of 64 keys, a group of 8, 16, 32 or 64 query heads per KV head, and tensors that the copy engine
+    can read: last dimension dense, other strides and the start multiples of 16 bytes.
+    """
+    try:
+        if _MISSING:
+            return f"this Triton has no Gluon for Hopper ({_MISSING})"
+        if not isinstance(lines_kernel, triton.JITFunction):
+            return "Triton's interpreter is on"
+        if not q.is_cuda or not _hopper(q.device.index or 0):
+            return "not a Hopper card"
+        if q.dtype not in (torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
+            return "not float16 or bfloat16"
+        if q.shape[3] not in (64, 128) or v.shape[3] != q.shape[3]:
+            return "a head_dim other than 64 or 128"
+        if call.block_size != 64:
+            return "a block_size other than 64"
+        if q.shape[2] // k.shape[2] not in (8, 16, 32, 64):
+            return "a group of query heads that is not 8, 16, 32 or 64"
+        for x in (q, k, v):
+            if not x.numel():
+                return "an empty tensor"
+            if x.stride(3) != 1 or x.data_ptr() % 16:
+                return "rows that do not start at multiples of 16 bytes"
+            for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True):
+                if size > 1 and (stride <= 0 or stride % 8 or stride * 2 >= 2**40):
+                    return "rows that do not start at multiples of 16 bytes"
+        return None
+    except Exception as problem:
+        return f"{type(problem).__name__}: {problem}"
