@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nsa_cases import Case, call_of, check_forward, choose, make, truth
+from nsa_cases import Case, call_of, check_forward, make, truth
 
 from labkit.experiments._flash_cases import covering
 from labkit.nsa import by_keys, selection
@@ -166,16 +166,6 @@ def test_small_groups_go_by_keys_and_large_ones_by_queries(device, monkeypatch):
         q, k, v, _, _, chosen = make(case, device)
         selection.forward(q, k, v, chosen, call_of(case, device))
     assert went == ["keys", "queries", "queries"]
-
-
-def test_interpreter_sorts_as_the_compiler_does(device):
-    """The unions of a case in which a block is named by many: checked through the output."""
-    case = Case(40, group=1, heads=1, slots=8, block=16, pattern="messy")
-    chosen = choose(case, device)
-    q, k, v, _, _, _ = make(case, device)
-    o, _ = selection.forward(q, k, v, chosen, call_of(case, device), road="queries")
-    want, _ = truth(case, q, k, v, chosen)
-    torch.testing.assert_close(o.double(), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -24,18 +24,21 @@ Taught in chapter 13 (the kernels of sparse attention).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 import triton
 import triton.language as tl
 from triton.runtime.errors import OutOfResources
 
+from labkit.flash import tuning
 from labkit.flash.launch import card
 from labkit.flash.softmax import finish
 from labkit.flash.tuning import Config
-from labkit.kernels.runtime import check_can_launch
+from labkit.kernels.runtime import backend, check_can_launch
 from labkit.nsa import lists
 from labkit.nsa.call import Call
 from labkit.nsa.lists import find_sequence
@@ -44,8 +47,10 @@ from labkit.nsa.selection import block_rows, gather, is_wide, padded, width
 __all__ = ["WORKSPACE", "forward", "merge_kernel", "part_kernel"]
 
 LOG2E = math.log2(math.e)
-#: bytes that the parts of one group of lists may take
-WORKSPACE = 2**30
+#: bytes that the parts of one group of lists may take, if that is no more than
+WORKSPACE = 9 * 2**28
+#: this share of the card's memory
+_SHARE = 16
 #: rows (queries × padded group) of one piece of a block's list: some sixty tiles
 PIECE = 4096
 #: queries of a range, at least: what is shorter would not fill the card
@@ -277,21 +282,63 @@ def turn(
     )  # fmt: skip
 
 
-_fits: dict[tuple, int] = {}
+@cache
+def _memory(index: int) -> int:
+    return torch.cuda.get_device_properties(index).total_memory
 
 
-def first_that_fits(key: tuple, configs: list[Config], run: Callable[[Config], object]):
-    """``run`` with the first configuration that the card has room for; remembered."""
-    for n in range(_fits.get(key, 0), len(configs)):
+def workspace_for(x: torch.Tensor) -> int:
+    """Bytes of workspace on the card that ``x`` lies on."""
+    return min(WORKSPACE, _memory(x.device.index or 0) // _SHARE) if x.is_cuda else WORKSPACE
+
+
+_chosen: dict[tuple, Config] = {}
+
+
+def best(key: tuple, configs: list[Config], flops: float, run: Callable[[Config], object]) -> None:
+    """``run`` with the fastest configuration, or the first that the card has room for.
+
+    Where the work is worth it they are timed on the real inputs, once for each ``key`` in a
+    process; what is small, CUDA graph capture and ``LABKIT_TUNE=0`` take the first.
+    """
+    if key in _chosen:
+        return run(_chosen[key])
+    if (
+        len(configs) > 1
+        and flops >= tuning.WORTH_TUNING
+        and os.environ.get("LABKIT_TUNE", "1") != "0"
+        and backend() == "gpu"
+        and not torch.cuda.is_current_stream_capturing()
+    ):
+        config, _ = tuning.fastest(configs, lambda c: partial(run, c))
+        if config is not None:
+            _chosen[key] = config
+            return run(config)
+    for config in configs:
         try:
-            result = run(configs[n])
+            run(config)
         except OutOfResources:
-            if n == len(configs) - 1:
+            if config is configs[-1]:
                 raise
         else:
-            _fits[key] = n
-            return result
-    raise AssertionError("no configuration")
+            # Small work does not decide for large.
+            if flops >= tuning.WORTH_TUNING:
+                _chosen[key] = config
+            return None
+
+
+def flops_of(q, block_indices, call: Call, widths: int) -> float:
+    """Multiply-adds twice, if every choice is a full block; ``widths``: heads' of the products."""
+    choices = block_indices.shape[0] * block_indices.shape[1] * block_indices.shape[3]
+    return 2.0 * choices * q.shape[2] * call.block_size * widths
+
+
+def narrow(q: torch.Tensor, *configs: Config) -> tuple[Config, ...]:
+    """Configurations with 32 keys, for cards with little shared memory; none on Hopper.
+
+    It has enough, and Triton 3.6 multiplies some narrow right factors wrongly there.
+    """
+    return () if card(q)[0] == 90 else configs
 
 
 def _configs(q, v) -> list[Config]:
@@ -302,8 +349,9 @@ def _configs(q, v) -> list[Config]:
     if card(q)[0] == 0:
         return [Config(64, 64, 4, 1)]
     if wide > 128:
-        return [Config(64, 64, 8, 2), Config(64, 64, 8, 1), Config(64, 32, 8, 1)]
-    return [Config(64, 64, 4, 2), Config(64, 64, 4, 1), Config(64, 32, 4, 1)]
+        return [Config(64, 64, 8, 2), Config(64, 64, 8, 1), *narrow(q, Config(64, 32, 8, 1))]
+    return [Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(128, 64, 8, 2),
+            *narrow(q, Config(64, 32, 4, 1))]  # fmt: skip
 
 
 def forward(
@@ -313,10 +361,11 @@ def forward(
     block_indices: torch.Tensor,
     call: Call,
     *,
-    workspace: int = WORKSPACE,
+    workspace: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """O and LSE block by block; arguments and results as for ``selection.forward``."""
     check_can_launch("nsa_selected_attention", q, k, v, block_indices)
+    workspace = workspace or workspace_for(q)
     b, m, hq, d = q.shape
     heads, dv = k.shape[2], v.shape[3]
     group = hq // heads
@@ -352,6 +401,6 @@ def forward(
                 BLOCK_DV=width(v), ROWS=tall, num_warps=4,
             )  # fmt: skip
 
-    key = ("forward", q.dtype, group, d, dv, call.block_size, call.precision, q.device)
-    first_that_fits(key, _configs(q, v), run)
+    key = ("forward", q.dtype, d, dv, call.block_size, call.precision, q.device)
+    best(key, _configs(q, v), flops_of(q, block_indices, call, d + dv), run)
     return o, lse

@@ -35,7 +35,15 @@ from labkit.flash.launch import _On, card
 from labkit.flash.tuning import Config
 from labkit.kernels.runtime import check_can_launch
 from labkit.nsa import lists
-from labkit.nsa.by_keys import WORKSPACE, entries, find_piece, first_that_fits, turn
+from labkit.nsa.by_keys import (
+    best,
+    entries,
+    find_piece,
+    flops_of,
+    narrow,
+    turn,
+    workspace_for,
+)
 from labkit.nsa.call import Call
 from labkit.nsa.lists import find_sequence
 from labkit.nsa.selection import block_rows, gather, hopper, is_wide, padded, width
@@ -253,14 +261,16 @@ def _configs(q, v) -> list[Config]:
     if card(q)[0] == 0:
         return [Config(64, 64, 8, 1)]
     if wide > 128:
-        return [Config(64, 64, 8, 1), Config(32, 32, 8, 1)]
-    return [Config(64, 64, 8, 2), Config(64, 64, 8, 1), Config(32, 32, 4, 1)]
+        return [Config(64, 64, 8, 1), *narrow(q, Config(32, 32, 8, 1))]
+    return [Config(64, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 4, 2),
+            *narrow(q, Config(64, 64, 8, 1), Config(32, 32, 4, 1))]  # fmt: skip
 
 
 def by_keys(
-    dout, dlse, q, k, v, o, lse, block_indices, call: Call, *, workspace: int = WORKSPACE
+    dout, dlse, q, k, v, o, lse, block_indices, call: Call, *, workspace: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dQ, dK and dV in Triton; arguments as for :func:`backward`."""
+    workspace = workspace or workspace_for(q)
     b, m, hq, d = q.shape
     n, heads, dv = k.shape[1], k.shape[2], v.shape[3]
     group = hq // heads
@@ -319,8 +329,8 @@ def by_keys(
                 GROUP=group, **shared, ROWS=queries, num_warps=4,
             )  # fmt: skip
 
-    key = ("backward", q.dtype, group, d, dv, call.block_size, call.precision, q.device)
-    first_that_fits(key, _configs(q, v), run)
+    key = ("backward", q.dtype, d, dv, call.block_size, call.precision, q.device)
+    best(key, _configs(q, v), flops_of(q, block_indices, call, 3 * d + 2 * dv), run)
     return dq, dk, dvalues
 
 
