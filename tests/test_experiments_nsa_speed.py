@@ -156,3 +156,60 @@ def test_a_part_that_fails_leaves_a_note(monkeypatch):
 
 def test_every_unit_is_one_that_records_know():
     assert {made().unit(key) for key in made().results} <= set(records._BASE)
+
+
+class FakeCuda:
+    """Every function takes 20 ms."""
+
+
+    def __init__(self, flush, launch_included):
+        assert flush and not launch_included
+        self.spin_cycles = {}
+
+    def _cycles(self, seconds):
+        return 1
+
+    def event_pair(self):
+        class Event:
+            def record(self): ...
+
+            def synchronize(self): ...
+
+            def elapsed_time(self, other):
+                return 20.0
+
+        return Event(), Event()
+
+    def record(self, fn, before):
+        assert self.spin_cycles[id(fn)] == 1
+        fn()
+        return self.event_pair()
+
+
+def test_functions_are_timed_in_turns_every_other_round_backwards(monkeypatch):
+    from labkit import timing
+
+    ran: list[str] = []
+    monkeypatch.setattr(timing, "_Cuda", FakeCuda)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    functions = {"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}
+    result = Result()
+    times = nsa_speed._race(result, {"rep_ms": 120}, functions, {"part": "sweep"})
+    assert times == {"a": 0.02, "b": 0.02}
+    # once to see that it runs, once for its length, and then in turns
+    assert "".join(ran) == "ab" "ab" + "abba" * 3
+    assert [len(row["samples_ms"]) for row in result.rows] == [6, 6]
+
+
+def test_a_function_that_fails_is_left_out_of_the_race(monkeypatch):
+    def broken():
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(nsa_speed, "_in_turns", lambda f, ms: {name: [1.0] for name in f})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    result = Result()
+    times = nsa_speed._race(
+        result, {"rep_ms": 1}, {"good": lambda: 1, "bad": broken}, {"part": "sweep"}
+    )
+    assert times == {"good": 0.001} and "out of memory" in result.notes[0]

@@ -5,7 +5,8 @@
     side, and Triton's cache on disk keeps what they compile.
 ``ncu … python -m labkit.experiments._nsa_child profile JSON``
     runs each road of the selection between ``cudaProfilerStart`` and ``cudaProfilerStop``, a
-    marker kernel before each step (see ``labkit.experiments._dram_child``), and prints which ran.
+    marker kernel before each step (see ``labkit.experiments._dram_child``), and writes which ran
+    to the file that JSON names.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 
@@ -44,6 +46,10 @@ def profile(problem: Mapping[str, Any]) -> None:
     from labkit.experiments import nsa_speed
     from labkit.nsa.model import Shape
 
+    def note(line: str) -> None:
+        with Path(problem["ran"]).open("a", encoding="utf-8") as file:
+            print(" ".join(line.split()), file=file)
+
     shape = Shape(seq_len=problem["seq_len"], dtype=problem["dtype"])
     cuda = torch.cuda.cudart()
     torch.manual_seed(0)
@@ -56,14 +62,14 @@ def profile(problem: Mapping[str, Any]) -> None:
                 fn()
                 torch.cuda.synchronize()
             except Exception as error:
-                print(f"not {step} {pattern}: {error}"[:300], flush=True)
+                note(f"not {step} {pattern}: {type(error).__name__}: {error}"[:300])
                 continue
             cuda.cudaProfilerStart()
             torch.cuda._sleep(1)
             fn()
             torch.cuda.synchronize()
             cuda.cudaProfilerStop()
-            print(f"ran {step} {pattern}", flush=True)
+            note(f"ran {step} {pattern}")
 
 
 def warm(whose: str, dtype: str) -> None:
@@ -73,16 +79,37 @@ def warm(whose: str, dtype: str) -> None:
     from labkit.experiments import nsa_speed
     from labkit.nsa.model import Shape
 
-    shape = Shape(seq_len=2048, dtype=dtype)
+    if whose.startswith("group_"):
+        # as long as the timed problem: sizes that are 1 are compiled apart
+        shape = Shape(seq_len=8192, kv_heads=64 // int(whose.removeprefix("group_")), dtype=dtype)
+    else:
+        shape = Shape(seq_len={"labkit": 32768, "topk": 16384}.get(whose, 2048), dtype=dtype)
     x = nsa_speed._draw(shape, "random", "cuda", dtype)
     blocks = nsa_speed.choices(shape, "random", "cuda")
     qkv = (x["q"], x["k"], x["v"])
-    if whose == "labkit":
-        torch.autograd.grad(nsa_speed._whole(shape, x), qkv, x["do"])
+    if whose.startswith("group_"):
         torch.autograd.grad(nsa_speed._selection(shape, x, blocks), qkv, x["do"])
-        for road in ("queries", "keys"):
-            with suppress(Exception), torch.no_grad():
-                _step(road, shape, x, blocks)()
+    elif whose == "topk":
+        for count in (4, 16, 64):
+            nsa_speed._chosen(Shape(seq_len=16384, count=count, dtype=dtype), x)
+    elif whose == "labkit":
+        for seq_len in (32768, 2048):
+            one = Shape(seq_len=seq_len, dtype=dtype)
+            part = {name: y[:, :seq_len].detach().clone() for name, y in x.items()}
+            wanted = [part[name].requires_grad_() for name in ("q", "k", "v", "g_cmp", "g_slc")]
+            torch.autograd.grad(nsa_speed._whole(one, part), wanted, part["do"])
+        with torch.no_grad():
+            for road in ("queries", "keys"):
+                with suppress(Exception):
+                    _step(road, shape, x, blocks)()
+            with suppress(Exception):
+                from labkit.nsa import selection, selection_backward
+
+                call = nsa_speed._call_of(shape)
+                o, lse = selection.forward(*qkv, blocks, call)
+                selection_backward.backward(
+                    x["do"], None, *qkv, o, lse, blocks, call, road="keys"
+                )
     elif whose == "fla_forward":
         with torch.no_grad():
             nsa_speed._fla_selection(shape, x, blocks.long())

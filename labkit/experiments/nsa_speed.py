@@ -47,6 +47,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from labkit.errors import LabError, check_choice
@@ -83,9 +84,13 @@ ROADS = ("queries", "keys", "hopper")
 _ALIKE = 32
 #: at most so many samples of a row are kept
 _SAMPLES = 15
-#: no part is begun after so many seconds
-_BUDGET_S = 215
-_TIMEOUT_S = 75
+#: no part is begun that would probably end after so many seconds
+_BUDGET_S = 210
+#: what a part probably takes on an H200, where it is more than five seconds
+_LONG = {("counters", 32768): 45, ("sweep", 131072): 25, ("sweep", 65536): 15, ("sweep", 8192): 20,
+         ("branches", 131072): 8}  # fmt: skip
+#: for compiling beforehand, and for the profiler
+_TIMEOUT_S = 60
 
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -105,22 +110,20 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
     half = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
     if quick:
         return {
-            "dtype": half, "rep_ms": 25, "warm": False,
-            "patterns": [(4096, 16)],
-            "sweep": [2048, 8192],
+            # no peers: compiling theirs takes a minute
+            "dtype": half, "rep_ms": 25, "warm": False, "peers": False,
+            "patterns": [(2048, 16)],
+            "sweep": [8192],
             "branches": [8192],
-            "roads": [(8192, "random")],
-            "groups": [(4096, g, "random") for g in (1, 16)],
-            "memory": [(4096, 8192)],
-            "topk": [("n", 4096)],
-            "parts": ("patterns", "sweep", "branches", "roads", "groups", "memory", "topk"),
+            "parts": ("patterns", "sweep", "branches"),
         }  # fmt: skip
-    lengths = [32768, 65536, 8192, 2048, 4096, 16384]
+    # 8,192 first: fla's kernels choose their configurations at the first length they meet
+    lengths = [8192, 32768, 65536, 2048, 4096, 16384]
     return {
-        "dtype": half, "rep_ms": 60, "warm": True,
+        "dtype": half, "rep_ms": 60, "warm": True, "peers": True,
         "patterns": [(32768, 1), (32768, 4), (32768, 16)],
         "sweep": [*lengths, 131072],
-        "branches": [65536, 32768, 8192, 2048, 4096, 16384, 131072],
+        "branches": [8192, 65536, 32768, 2048, 4096, 16384, 131072],
         "roads": [(n, pattern) for n in (32768, 8192) for pattern in PATTERNS],
         "groups": [(8192, g, p) for p in PATTERNS for g in (16, 1, 2, 4, 8, 32, 64)],
         "memory": [(8192, 32768)],
@@ -129,8 +132,8 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
         + [("s", s) for s in (4, 16, 64)],
         "counters": [32768],
         # what the chapter cannot do without comes first
-        "parts": ("patterns", "sweep", "branches", "roads", "groups", "counters", "topk",
-                  "memory", "error"),
+        "parts": ("patterns", "sweep", "branches", "roads", "groups", "counters", "memory",
+                  "error", "topk"),
     }  # fmt: skip
 
 
@@ -184,7 +187,7 @@ def run(
     }  # fmt: skip
     for part, item in each(work, progress, lambda w: f"{w[0]} {w[1]}"):
         spent = time.monotonic() - begin
-        if spent > _BUDGET_S:
+        if device == "cuda" and spent + _LONG.get((part, item), 5) > _BUDGET_S:
             result.notes.append(f"{part} {item}: left out after {spent:.0f} s.")
             continue
         try:
@@ -313,11 +316,10 @@ def _dense(x: Mapping[str, Any], backend: str) -> Any:
 
 
 def _selection(shape: Shape, x: Mapping[str, Any], blocks: Any) -> Any:
-    from labkit.nsa import nsa_selected_attention
+    # as nsa_func calls it: the public function also reads the numbers on the host
+    from labkit.nsa import ops
 
-    return nsa_selected_attention(
-        x["q"], x["k"], x["v"], blocks, block_size=shape.block_size
-    )
+    return ops.attend_selected(x["q"], x["k"], x["v"], blocks, _call_of(shape))[0]
 
 
 def _whole(shape: Shape, x: Mapping[str, Any], window: bool = True) -> Any:
@@ -352,17 +354,22 @@ def _fla_whole(shape: Shape, x: Mapping[str, Any]) -> Any:
 
 def _warm(result: Result, plan: dict[str, Any], partial: bool) -> None:
     """Compile the kernels in several processes at once; what they compile is cached on disk."""
-    if not plan.get("warm") or partial:
+    if not plan["peers"]:
+        result.notes.append("The short form has no peers: compiling their kernels takes long.")
+    if not plan["warm"] or partial:
         return
-    jobs = ["labkit", "fla_forward", "fla_backward", "fla_whole"]
-    if not _has_fla():
+    jobs = ["labkit", "topk", *(f"group_{g}" for g in (1, 2, 4, 8, 32, 64))]
+    if _has_fla():
+        jobs += ["fla_forward", "fla_backward", "fla_whole"]
+    else:
         result.notes.append("fla-core is not installed: no row is its.")
-        jobs = jobs[:1]
+    folder = tempfile.TemporaryDirectory()
+    # what they choose while others run is not to be kept: only what they compile is
+    environment = _with_path(dict(os.environ)) | {"LABKIT_CACHE": folder.name}
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "labkit.experiments._nsa_child", "warm", job, plan["dtype"]],
-            env=_with_path(dict(os.environ)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            text=True,
+            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
         for job in jobs
     ]  # fmt: skip
@@ -377,6 +384,13 @@ def _warm(result: Result, plan: dict[str, Any], partial: bool) -> None:
             process.kill()
             process.communicate()
             result.notes.append(f"compiling {job} took longer than {_TIMEOUT_S} s.")
+    folder.cleanup()
+    took = round(time.monotonic() + _TIMEOUT_S - end, 2)
+    result.rows.append({"part": "clock", "item": "compiling", "seconds": took})
+
+
+def _peers(plan: Mapping[str, Any]) -> bool:
+    return bool(plan.get("peers")) and _has_fla()
 
 
 def _has_fla() -> bool:
@@ -403,8 +417,6 @@ def _race(
     """Run each once, time those that ran in turns, add a row for each; median seconds by name."""
     import torch
 
-    from labkit.timing import time_many
-
     for name, fn in list(functions.items()):
         try:
             fn()
@@ -412,18 +424,51 @@ def _race(
         except Exception as error:
             del functions[name]
             result.notes.append(f"{name} at {labels}: {_first_line(error)}")
-    if not functions:
-        return {}
-    timings = time_many(
-        functions, warmup_ms=plan["rep_ms"] / 6, rep_ms=plan["rep_ms"], min_samples=3,
-        max_samples=_SAMPLES,
-    )  # fmt: skip
-    for name in functions:
-        samples = [round(s, 5) for s in timings[name].samples_ms]
+            torch.cuda.empty_cache()
+    times = _in_turns(functions, plan["rep_ms"]) if functions else {}
+    for name, samples in times.items():
         more = (extra or {}).get(name, {})
-        row = {**labels, "name": name, **more, "median_ms": timings[name].median_ms}
-        result.rows.append({**row, "samples_ms": samples, "method": timings[name].method})
-    return {name: timings[name].median_ms / 1e3 for name in functions}
+        row = {**labels, "name": name, **more, "median_ms": median(samples)}
+        rounded = [round(ms, 5) for ms in samples]
+        result.rows.append({**row, "samples_ms": rounded, "method": _METHOD})
+    return {name: median(samples) / 1e3 for name, samples in times.items()}
+
+
+_METHOD = (
+    "CUDA events on the current stream, L2 overwritten before each, queued behind a spin of 2 ms, "
+    "implementations in turns"
+)
+
+
+def _in_turns(functions: Mapping[str, Callable[[], Any]], rep_ms: float) -> dict[str, list[float]]:
+    """Samples of each in milliseconds: one of each per round, every other round backwards.
+
+    ``labkit.timing.time_many`` without its tests of the functions, which call each a dozen times:
+    dense attention at 128k takes seconds.
+    """
+    import torch
+
+    from labkit.timing import _Cuda
+
+    cuda = _Cuda(flush=True, launch_included=False)
+    spin = cuda._cycles(2e-3)
+    slowest = 0.0
+    for fn in functions.values():
+        start, end = cuda.event_pair()
+        start.record()
+        fn()
+        end.record()
+        end.synchronize()
+        slowest = max(slowest, start.elapsed_time(end))
+        cuda.spin_cycles[id(fn)] = spin
+    fewest = 3 if slowest > 400 else 5
+    events: dict[str, list] = {name: [] for name in functions}
+    for turn in range(max(fewest, min(_SAMPLES, round(rep_ms / slowest)))):
+        names = list(functions) if turn % 2 == 0 else list(reversed(functions))
+        for name in names:
+            events[name].append(cuda.record(functions[name], None))
+    torch.cuda.synchronize()
+    return {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in events.items()}
 
 
 def _gradient(out: Any, wanted: Sequence[Any], dout: Any) -> Callable[[], Any]:
@@ -523,7 +568,8 @@ def _sweep(result: Result, plan: dict[str, Any], device: str, n: int) -> None:
         functions[f"whole.labkit.{pattern}"] = (
             functools.partial(_whole, shape, here), every, here["do"]
         )  # fmt: skip
-        if _has_fla():
+        # its time does not depend on the pattern: once is enough to show it
+        if _peers(plan) and (pattern == "random" or n == 32768):
             functions[f"selection.fla.{pattern}"] = (
                 functools.partial(_fla_selection, shape, one, blocks.long()), qkv, one["do"]
             )  # fmt: skip
@@ -531,7 +577,7 @@ def _sweep(result: Result, plan: dict[str, Any], device: str, n: int) -> None:
     functions["two.labkit.random"] = (
         functools.partial(_whole, shape, one, False), [*qkv, one["g_cmp"], one["g_slc"]], one["do"]
     )  # fmt: skip
-    if _has_fla():
+    if _peers(plan):
         functions["two.fla.random"] = (
             functools.partial(_fla_whole, shape, one), [*qkv, one["g_cmp"], one["g_slc"]],
             one["do"],
@@ -689,9 +735,6 @@ def _groups(
     blocks = choices(shape, pattern, device)
     qkv = [x[name] for name in "qkv"]
     functions = {"labkit": (functools.partial(_selection, shape, x, blocks), qkv, x["do"])}
-    if group >= 16 and _has_fla():
-        fn = functools.partial(_fla_selection, shape, x, blocks.long())
-        functions["fla"] = (fn, qkv, x["do"])
     labels = {"part": "groups", "seq_len": n, "group": group, "pattern": pattern}
     found = _both(result, plan, functions, labels)
     for what, times in found.items():
@@ -789,7 +832,7 @@ def _error(result: Result, plan: dict[str, Any], device: str, item: str) -> None
     functions: dict[str, Callable[[], Any]] = {
         "labkit": functools.partial(_selection, shape, x, blocks)
     }
-    if _has_fla():
+    if _peers(plan):
         functions["fla"] = functools.partial(_fla_selection, shape, x, blocks.long())
     found = {"plain": plain}
     for who, fn in functions.items():
@@ -887,7 +930,7 @@ def _topk(result: Result, plan: dict[str, Any], device: str, item: tuple[str, in
             functions["scores"] = functools.partial(
                 _stored_scores, shape, x["q"], kc, lse, torch.empty_like(out)
             )
-            if _has_fla():
+            if _peers(plan):
                 functions["fla"] = functools.partial(
                     _fla("parallel_nsa_topk"), x["q"], kc, n, lse.transpose(1, 2).contiguous(),
                     count, shape.block_size, shape.head_dim**-0.5,
@@ -926,10 +969,11 @@ def _counters(result: Result, plan: dict[str, Any], device: str, n: int) -> None
     if ncu is None:
         result.notes.append("L2 and DRAM bytes not measured: Nsight Compute is not installed.")
         return
-    steps = ["queries", "keys", "hopper", "backward", *(["fla"] if _has_fla() else [])]
+    steps = ["queries", "keys", "hopper", "backward", *(["fla"] if _peers(plan) else [])]
     problem = {"seq_len": n, "dtype": plan["dtype"], "steps": steps, "patterns": list(PATTERNS)}
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "ncu.csv"
+        log, listed = Path(folder) / "ncu.csv", Path(folder) / "ran.txt"
+        problem["ran"] = str(listed)
         command = [
             ncu, "--clock-control", "none", "--cache-control", "all",
             "--profile-from-start", "off", "--metrics", ",".join(METRICS), "--csv",
@@ -945,9 +989,10 @@ def _counters(result: Result, plan: dict[str, Any], device: str, n: int) -> None
             result.notes.append(f"Counters not read: ncu did not finish ({_first_line(error)}).")
             return
         text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        said = listed.read_text("utf-8").splitlines() if listed.is_file() else []
     try:
-        ran = [line.removeprefix("ran ") for line in done.stdout.splitlines() if "ran " in line]
-        wanted = [label for label in labels(problem) if f"{label[1]} {label[0]}" in ran]
+        result.notes += [line for line in said if line.startswith("not ")]
+        wanted = [label for label in labels(problem) if f"ran {label[1]} {label[0]}" in said]
         groups = group_by_marker(parse_ncu(text), wanted)
     except LabError as error:
         said = " / ".join((text + done.stdout + done.stderr).strip().splitlines()[-4:])
