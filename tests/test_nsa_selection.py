@@ -10,7 +10,10 @@ import pytest
 import torch
 from nsa_cases import Case, call_of, check_forward, make, truth
 
+from triton.runtime.errors import OutOfResources
+
 from labkit.experiments._flash_cases import covering
+from labkit.flash.tuning import Config
 from labkit.nsa import by_keys, selection
 
 GPU = torch.cuda.is_available()
@@ -146,6 +149,25 @@ def test_groups_of_lists_and_ranges_of_queries_give_the_same(device, monkeypatch
 def test_everybodys_block_is_cut_into_pieces(device, monkeypatch):
     monkeypatch.setattr(by_keys, "PIECE", 32)
     check_forward(Case(70, group=2, pattern="first"), run("keys"), device)
+
+
+def test_a_configuration_that_does_not_fit_makes_room_for_the_next(monkeypatch):
+    monkeypatch.setattr(by_keys, "_chosen", {})
+    small, large = Config(16, 16), Config(64, 64)
+    ran = []
+
+    def run(config):
+        if config is large:
+            raise OutOfResources(2**20, 2**17, "shared memory")
+        ran.append(config)
+
+    by_keys.best(("a",), [large, small], 1.0, run)
+    assert ran == [small] and by_keys._chosen == {}, "small work does not decide for large"
+    monkeypatch.setenv("LABKIT_TUNE", "0")
+    by_keys.best(("a",), [large, small], 1e15, run)
+    assert by_keys._chosen == {("a",): small}
+    with pytest.raises(OutOfResources):
+        by_keys.best(("b",), [large], 1.0, run)
 
 
 def test_nothing_to_attend_to_gives_zero(device):
