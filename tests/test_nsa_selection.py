@@ -9,7 +9,6 @@ from __future__ import annotations
 import pytest
 import torch
 from nsa_cases import Case, call_of, check_forward, make, truth
-
 from triton.runtime.errors import OutOfResources
 
 from labkit.experiments._flash_cases import covering
