@@ -149,6 +149,13 @@ def test_bytes_that_come_back_are_counted():
     assert nsa_weights.weights_bytes(seq_len=10, heads=4, batch=2) == 3200
 
 
+@pytest.mark.parametrize("module", [half_rate, nsa_weights])
+def test_no_job_begins_after_the_limit(module, monkeypatch):
+    monkeypatch.setattr(module, "_LIMIT", -1)
+    result = module.run(**QUICK)
+    assert result.rows == [] and all("left out" in note for note in result.notes)
+
+
 def test_naive_timing_reads_what_the_child_prints(monkeypatch):
     calls = []
 
@@ -161,23 +168,30 @@ def test_naive_timing_reads_what_the_child_prints(monkeypatch):
     monkeypatch.setattr(subprocess, "run", child)
     result = experiments.Result()
     plan = {"naive": nsa_weights.NOTES}
-    for mode in ("cold", "turned", "queue"):
+    for mode in ("cold", "turned", "warm"):
         nsa_weights._naive(result, plan, "cuda", mode)
-    assert calls == [("source", True), ("turned", False), ("queue", False)]
+    assert calls == [("source", True), ("turned", False), ("warm", False)]
     assert result.value("naive.cold.overhead") == -0.75
-    assert result.value("naive.queue.with.queued") == 0.1
+    assert result.value("naive.warm.with.queued") == 0.1
     failed = SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nboom")
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
     with pytest.raises(RuntimeError, match="boom"):
         nsa_weights._naive(result, plan, "cuda", "warm")
 
 
-@pytest.mark.gpu
-def test_the_child_times_both_orders_on_a_gpu():
-    from labkit.experiments._nsa_weights_child import main
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"heads": 1, "seq_len": 16, "head_dim": 16, "calls": 1, "device": "cpu"},
+        pytest.param({"heads": 4, "seq_len": 128, "head_dim": 64, "calls": 3},
+                     marks=pytest.mark.gpu),
+    ],
+    ids=["interpreter", "gpu"],
+)  # fmt: skip
+def test_the_child_times_both_loops(job):
+    from labkit.experiments._nsa_weights_child import MODES, main
 
-    job = {"heads": 4, "seq_len": 128, "head_dim": 64, "calls": 3}
-    for mode in ("source", "turned", "queue"):
+    for mode in MODES[:1] if "device" in job else MODES:
         found = main({**job, "mode": mode})
-        assert found["without"] > 0 and found["with"] > 0
-        assert (mode == "queue") == ("with_queued" in found)
+        assert 0 < found["without_queued"] <= found["without"]
+        assert 0 < found["with_queued"] <= found["with"]

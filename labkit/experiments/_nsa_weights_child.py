@@ -1,7 +1,8 @@
 """A fresh process that times ``nsa_func`` as source 004 does, without and with the weights.
 
 Started by ``labkit.experiments.nsa_weights`` as ``python -m labkit.experiments._nsa_weights_child
-JSON`` with ``{"heads", "seq_len", "head_dim", "calls", "mode"}``.  Prints one line of JSON.
+JSON`` with ``{"heads", "seq_len", "head_dim", "calls", "mode"}`` and perhaps ``"device"``.  Prints
+one line of JSON.
 
 A process of its own, because what is measured is what a program sees that has called nothing
 before.  The way of timing is the source's on purpose: ``time.time``, ``calls`` calls in a row, one
@@ -10,7 +11,8 @@ synchronisation at the end, nothing before.  The modes change one thing each:
 ``source``  without the weights first, then with them: the source's order.
 ``turned``  with them first.
 ``warm``    the source's order, after both have been called and the device is idle.
-``queue``   as ``warm``, and the clock is read before the synchronisation too.
+
+The clock is also read before the synchronisation: by then all calls are queued.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import sys
 import time
 from typing import Any
 
-MODES = ("source", "turned", "warm", "queue")
+MODES = ("source", "turned", "warm")
 
 
 def main(job: dict[str, Any]) -> dict[str, float]:
@@ -29,10 +31,13 @@ def main(job: dict[str, Any]) -> dict[str, float]:
 
     from labkit.nsa import nsa_func
 
+    device = job.get("device", "cuda")
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+
     def inputs():
         shape = (1, job["seq_len"], job["heads"])
-        q, k, v = (torch.randn(*shape, job["head_dim"], device="cuda") for _ in range(3))
-        gates = [torch.softmax(torch.randn(shape, device="cuda"), dim=-1) for _ in range(3)]
+        q, k, v = (torch.randn(*shape, job["head_dim"], device=device) for _ in range(3))
+        gates = [torch.softmax(torch.randn(shape, device=device), dim=-1) for _ in range(3)]
         return q, k, v, *gates
 
     tensors = inputs()
@@ -42,16 +47,15 @@ def main(job: dict[str, Any]) -> dict[str, float]:
         start = time.time()
         for _ in range(job["calls"]):
             made = nsa_func(*tensors, return_attn_weights=weights)
-        if job["mode"] == "queue":
-            found[f"{name}_queued"] = time.time() - start
-        torch.cuda.synchronize()
+        found[f"{name}_queued"] = time.time() - start
+        wait()
         found[name] = time.time() - start
         del made
 
-    if job["mode"] in ("warm", "queue"):
+    if job["mode"] == "warm":
         for weights in (False, True):
             nsa_func(*tensors, return_attn_weights=weights)
-        torch.cuda.synchronize()
+        wait()
     order = (("without", False), ("with", True))
     for name, weights in order[::-1] if job["mode"] == "turned" else order:
         loop(name, weights)
