@@ -83,7 +83,8 @@ def warm(whose: str, dtype: str) -> None:
         # as long as the timed problem: sizes that are 1 are compiled apart
         shape = Shape(seq_len=8192, kv_heads=64 // int(whose.removeprefix("group_")), dtype=dtype)
     else:
-        shape = Shape(seq_len={"labkit": 32768, "topk": 16384}.get(whose, 2048), dtype=dtype)
+        # fla's dK/dV is compiled for the number of blocks, and chooses at the first length it meets
+        shape = Shape(seq_len={"labkit": 32768, "topk": 16384}.get(whose, 8192), dtype=dtype)
     x = nsa_speed._draw(shape, "random", "cuda", dtype)
     blocks = nsa_speed.choices(shape, "random", "cuda")
     qkv = (x["q"], x["k"], x["v"])
@@ -118,7 +119,7 @@ def warm(whose: str, dtype: str) -> None:
             # from any output: what is wanted is the compiled kernel
             nsa_speed._fla("parallel_nsa_bwd")(
                 q=x["q"], k=x["k"], v=x["v"], o=x["do"], do=x["do"], block_size=64,
-                lse=torch.zeros(1, 2048, 64, device="cuda"), block_indices=blocks.long(),
+                lse=torch.zeros(1, shape.seq_len, 64, device="cuda"), block_indices=blocks.long(),
                 block_counts=16, scale=128**-0.5,
             )  # fmt: skip
     else:
@@ -127,12 +128,12 @@ def warm(whose: str, dtype: str) -> None:
 
         k_cmp, v_cmp = (mean_pooling(y, 64, None) for y in qkv[1:])
         out, lse = parallel_nsa_compression(
-            q=x["q"], k=k_cmp, v=v_cmp, TK=2048, block_size=64, scale=128**-0.5
+            q=x["q"], k=k_cmp, v=v_cmp, TK=shape.seq_len, block_size=64, scale=128**-0.5
         )
         torch.autograd.grad(out, qkv, x["do"])
         with torch.no_grad():
             nsa_speed._fla("parallel_nsa_topk")(
-                q=x["q"], k=k_cmp, lse=lse, TK=2048, block_counts=16, block_size=64,
+                q=x["q"], k=k_cmp, lse=lse, TK=shape.seq_len, block_counts=16, block_size=64,
                 scale=128**-0.5,
             )  # fmt: skip
     torch.cuda.synchronize()
