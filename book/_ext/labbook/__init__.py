@@ -6,6 +6,7 @@
 ``site``        links that exist only once the repository's address is set
 ``docstrings``  labkit's docstrings as napoleon wants them
 ``ledger``      the claims ledger, computed while the book is built
+``numbering``   a chapter has the number of its file
 ``typography``  punctuation that stays with its formula
 """
 
@@ -13,12 +14,12 @@ from __future__ import annotations
 
 from sphinx.application import Sphinx
 
-from . import checks, docstrings, figures, ledger, quotes, site, typography
+from . import checks, docstrings, figures, ledger, numbering, quotes, site, typography
 
 
 def setup(app: Sphinx) -> dict:
-    for part in (quotes, figures, checks, site, docstrings, ledger, typography):
+    for part in (quotes, figures, checks, site, docstrings, ledger, numbering, typography):
         part.setup(app)
     # version enters Sphinx's cache key: raise it when the doctrees would change
     safe = {"parallel_read_safe": True, "parallel_write_safe": True}
-    return {"version": "1", "env_version": 1, **safe}
+    return {"version": "2", "env_version": 2, **safe}
