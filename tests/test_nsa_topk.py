@@ -93,8 +93,8 @@ def check(case, device, *, config=None, tolerance=1e-6):
 
 CASES = [
     Case(),
-    Case(m=50, length=8, stride=4, block=16, count=3, heads=2),
-    Case(m=33, length=6, stride=4, block=10, group=1, count=3),
+    Case(m=66, length=8, stride=4, block=8, count=5, heads=2),
+    Case(m=61, length=6, stride=4, block=10, group=1, count=5),
     Case(m=30, length=3, stride=3, block=6, group=3, forced=(0, 1)),
     Case(m=24, length=8, block=4, count=5),
     Case(m=5, n=61, group=4, count=7, forced=(2, 3)),

@@ -29,6 +29,7 @@ Taught in chapter 13 (the kernels of sparse attention).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ import triton
 import triton.language as tl
 
 from labkit.flash import launch, tuning
-from labkit.flash.launch import LOG2E, Described, Launcher
+from labkit.flash.backward import _probabilities, _row_lse
+from labkit.flash.launch import LOG2E, Described, Launcher, _On
 from labkit.flash.softmax import finish, rescale_and_exponentiate
 from labkit.flash.tiles import load_tile
 from labkit.flash.tuning import Config
@@ -250,7 +252,6 @@ def delta_kernel(
     float32, ``labkit/flash/backward.py`` says why), with +∞ for rows that saw nothing: their
     probabilities are then 0.
     """
-    LOG2: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     there = row < rows
     h, i, b = row % heads, row // heads % M, row // heads // M
@@ -267,15 +268,7 @@ def delta_kernel(
         extra = tl.load(dlse + b * stride_eb + h * stride_eh + i * stride_en, there & saw, 0.0)
         out -= extra
     tl.store(delta + row, out, mask=there)
-    power = natural if EXACT else natural * LOG2
-    tl.store(base + row, tl.where(saw, power, float("inf")), mask=there)
-
-
-@triton.jit
-def _probabilities(s, base, c, scale, EXACT: tl.constexpr):
-    """P from raw scores and what :func:`delta_kernel` made of LSE."""
-    LOG2: tl.constexpr = 1.4426950408889634
-    return tl.exp2((s * scale - base) * LOG2 if EXACT else s * c - base)
+    tl.store(base + row, _row_lse(natural, EXACT), mask=there)
 
 
 @triton.jit
@@ -521,12 +514,13 @@ def reduce_kernel(
 
 # -- launching ----------------------------------------------------------------------------------
 
-#: per kernel, by the widest head_dim: (rows, keys, warps, stages, descriptors)
+#: per kernel, by the widest head_dim: rows, keys, warps, stages, and whether the copy engine
+#: brings what is streamed; measured on an H200
 _HALF = {
-    "forward": {128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
-    "dq": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2)},
-    "dkdv": {128: (64, 64, 4, 2), 256: (32, 32, 4, 2)},
-    "topk": {128: (64, 64, 4, 3), 256: (64, 32, 4, 2)},
+    "forward": {128: (128, 64, 4, 2, True), 256: (64, 32, 4, 2)},
+    "dq": {128: (64, 64, 4, 2, True), 256: (32, 32, 4, 2)},
+    "dkdv": {128: (64, 64, 4, 2, True), 256: (32, 32, 4, 2)},
+    "topk": {128: (64, 64, 4, 2, True), 256: (64, 32, 4, 2)},
 }
 _FLOAT = {
     "forward": {64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 32, 4, 1)},
@@ -534,22 +528,36 @@ _FLOAT = {
     "dkdv": {64: (32, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
     "topk": {64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (32, 16, 4, 1)},
 }
+#: making descriptors takes the host longer than fewer scores take the GPU
+_WORTH_A_DESCRIPTOR = 2**24
 
 
-def config_for(kind: str, q: torch.Tensor, width: int, call: Call, group: int) -> Config:
+def config_for(
+    kind: str, q: torch.Tensor, width: int, call: Call, group: int, *streamed: torch.Tensor
+) -> Config:
     """Tile sizes of a kernel: from a table, with fewer rows where a call has few.
 
-    ``kind`` is ``"forward"``, ``"dq"``, ``"dkdv"`` or ``"topk"``; ``width`` the widest head_dim.
+    ``kind`` is ``"forward"``, ``"dq"``, ``"dkdv"`` or ``"topk"``; ``width`` the widest head_dim;
+    ``streamed`` what the kernel walks along.
     """
-    if launch.card(q)[0] == 0:  # the interpreter: small tiles use every mask
-        rows, keys, warps, stages = (64, 16, 4, 1)
+    card = launch.card(q)[0]
+    if card == 0:  # the interpreter: few programs, and tiles small enough that some are full
+        chosen = Config(64, 16, 4, 1)
     else:
         table = (_HALF if q.element_size() == 2 else _FLOAT)[kind]
         fitting = [w for w in table if w >= width]
-        rows, keys, warps, stages = table[min(fitting) if fitting else max(table)]
+        chosen = Config(*table[min(fitting) if fitting else max(table)])
     heads = triton.next_power_of_2(group)
-    rows = max(heads, min(rows, max(16, triton.next_power_of_2(call.max_q * heads))))
-    return Config(rows, keys, warps, stages)
+    copied = (
+        chosen.descriptors
+        and card >= 90
+        and call.cu is None  # a tile may end in the next sequence, which must not be read
+        and call.max_q * call.compressed * q.shape[2] >= _WORTH_A_DESCRIPTOR
+        and (kind != "dkdv" or heads == group)
+        and launch._describable(*streamed)
+    )
+    rows = min(chosen.block_m, max(16, triton.next_power_of_2(call.max_q * heads)))
+    return replace(chosen, block_m=max(heads, rows), descriptors=copied)
 
 
 def block_of(x: torch.Tensor) -> int:
@@ -647,22 +655,6 @@ def run(key: tuple, make: Callable[[Config], Any], config: Config, *arguments) -
     _plans[key] = plan
 
 
-class On:
-    """Make the tensor's GPU the current one if it is not: Triton launches on the current one."""
-
-    def __init__(self, x: torch.Tensor) -> None:
-        elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
-        self.guard = torch.cuda.device(x.device) if elsewhere else None
-
-    def __enter__(self) -> None:
-        if self.guard is not None:
-            self.guard.__enter__()
-
-    def __exit__(self, *error) -> None:
-        if self.guard is not None:
-            self.guard.__exit__(*error)
-
-
 def _keys_per_sequence(call: Call, k: torch.Tensor) -> int:
     """Compressed keys of the (longest) sequence."""
     return min(call.compressed, k.shape[1])
@@ -698,12 +690,14 @@ def forward(
         return o, lse
     if k_cmp.shape[1] == 0:
         return o.zero_(), lse.fill_(float("-inf"))
-    c = config or config_for("forward", q, max(q.shape[3], v_cmp.shape[3]), call, group)
+    c = config or config_for(
+        "forward", q, max(q.shape[3], v_cmp.shape[3]), call, group, k_cmp, v_cmp
+    )
 
     def make(c: Config):
         return _Forward(q, k_cmp, v_cmp, o, lse, call, c)
 
-    with On(q):
+    with _On(q):
         key = ("forward", config, *plan_key(call, q, k_cmp, v_cmp))
         run(key, make, c, q, k_cmp, v_cmp, o, lse, call.cu, call.cu_cmp)
     return o, lse
@@ -762,14 +756,14 @@ def backward(
     if dlse is not None:
         key += (dlse.stride(), dlse.dtype, dlse.data_ptr() % 16 == 0)
     rows = Config(16, 0, 4, 1)
-    with On(q):
+    with _On(q):
         run(("delta", *key), lambda c: _delta(o, dout, lse, dlse, q, c), rows,
             o, dout, lse, lse if dlse is None else dlse, base, delta)  # fmt: skip
         inputs = (q, k_cmp, v_cmp, dout, base, delta)
-        c = dkdv_config or config_for("dkdv", q, width, call, group)
+        c = dkdv_config or config_for("dkdv", q, width, call, group, q, dout)
         run(("dkdv", *key), lambda c: _Dkdv(*inputs, dk, dv, call, c, parts), c,
             *inputs, dk, dv, call.cu, call.cu_cmp)  # fmt: skip
-        c = dq_config or config_for("dq", q, width, call, group)
+        c = dq_config or config_for("dq", q, width, call, group, k_cmp, v_cmp)
         run(("dq", *key), lambda c: _Dq(*inputs, dq, call, c), c,
             *inputs, dq, call.cu, call.cu_cmp)  # fmt: skip
     return dq, dk, dv

@@ -30,16 +30,20 @@ Taught in chapter 13 (the kernels of sparse attention).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
-from labkit.flash.launch import LOG2E, Launcher
+from labkit.flash.backward import _probabilities, _row_lse
+from labkit.flash.launch import LOG2E, Launcher, _On
+from labkit.flash.tiles import load_tile
 from labkit.flash.tuning import Config
 from labkit.kernels.runtime import backend
 from labkit.nsa.call import Call
 from labkit.nsa.compression import (
-    On,
+    by_keys,
     config_for,
     is_wide,
     load_rows,
@@ -54,7 +58,7 @@ from labkit.nsa.compression import (
 __all__ = ["select"]
 
 #: float32 bits above every importance, NaN and infinity included
-_FORCED = tl.constexpr(0x7FF00000)
+_FORCED = tl.constexpr(0x60000000)
 _LOWEST = tl.constexpr(-(2**62))
 _LAST = tl.constexpr(2**31 - 1)
 
@@ -123,95 +127,105 @@ def _spread(x, WIDTH: tl.constexpr, TOKENS: tl.constexpr, INTERPRETED: tl.conste
 
 
 @triton.jit
-def _probabilities(
-    Q, k, base, sees, which, k_offset, C, c, scale, stride_kn, stride_kd,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """p ``[rows, keys]`` of the compressed keys ``which`` ``[keys]``; 0 for those not seen."""
-    LOG2: tl.constexpr = 1.4426950408889634
-    EXACT: tl.constexpr = Q.dtype == tl.float32
-    column = tl.arange(0, BLOCK_D)
-    across = column
-    if WIDE:
-        across = column.to(tl.int64)
-    at = which.to(tl.int64) if WIDE else which
-    at = k + k_offset + (at[:, None] * stride_kn + across[None, :] * stride_kd)
-    if MASKED or D != BLOCK_D:
-        inside = ((which >= 0) & (which < C))[:, None] & (column < D)[None, :]
-        K = tl.load(at, inside, 0.0)
-    else:
-        K = tl.load(at)
-    s = tl.dot(Q, K.T, input_precision=PRECISION)
-    p = tl.exp2((s * scale - base[:, None]) * LOG2 if EXACT else s * c - base[:, None])
+def _seen_probabilities(
+    Q, K, base, sees, which, c, scale, PRECISION: tl.constexpr, MASKED: tl.constexpr
+):
+    """Pᵀ ``[keys, rows]`` of the compressed keys ``which`` ``[keys]``; 0 for those not seen."""
+    st = tl.dot(K, Q.T, input_precision=PRECISION)
+    pt = _probabilities(st, base[None, :], c, scale, Q.dtype == tl.float32)
     if MASKED:
-        seen = (which[None, :] < sees[:, None]) & (which >= 0)[None, :]
-        p = tl.where(seen, p, 0.0)
-    return p
+        seen = (which[:, None] < sees[None, :]) & (which >= 0)[:, None]
+        pt = tl.where(seen, pt, 0.0)
+    return pt
 
 
 @triton.jit
 def _importance(
-    Q, k, base, sees, j, k_offset, C, c, scale, stride_kn, stride_kd,
+    Q, k, base, sees, place, head, start_c, first, k_offset, C, c, scale, stride_kn, stride_kd,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
-    REACH: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    REACH: tl.constexpr, DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """I ``[tokens, blocks]`` of the selection blocks ``j``, summed over the heads of the group."""
+    """I ``[tokens, blocks]`` of the selection blocks from ``first``, summed over their heads.
+
+    Keys are the rows of the product: the heads of a token then lie in few threads, and most of
+    their sum needs no exchange.
+    """
+    j = first + tl.arange(0, BLOCK_N)
     if REACH == 1 and LENGTH == BLOCK and STRIDE == BLOCK:  # block j is compressed key j
-        p = _probabilities(
-            Q, k, base, sees, j, k_offset, C, c, scale, stride_kn, stride_kd,
-            D, BLOCK_D, WIDE, PRECISION, MASKED,
+        K = load_tile(
+            k, place, head, (start_c + first).to(tl.int32) if DESCRIPTOR else first, C,
+            k_offset, stride_kn, stride_kd, BLOCK_N, D, BLOCK_D, DESCRIPTOR, MASKED, WIDE,
         )  # fmt: skip
+        pt = _seen_probabilities(Q, K, base, sees, j, c, scale, PRECISION, MASKED)
     else:
-        p = tl.zeros([TOKENS * HEADS, BLOCK_N], tl.float32)
+        pt = tl.zeros([BLOCK_N, TOKENS * HEADS], tl.float32)
         # The first compressed key with a token in block j; negative for the blocks at the start.
         lowest = (j * BLOCK - LENGTH + STRIDE * (LENGTH // STRIDE + 1)) // STRIDE
         lowest = lowest + (1 - (LENGTH // STRIDE + 1))
+        column = tl.arange(0, BLOCK_D)
+        across = column
+        if WIDE:
+            across = column.to(tl.int64)
         for o in range(REACH):
             which = lowest + o
+            at = which.to(tl.int64) if WIDE else which
+            at = k + k_offset + (at[:, None] * stride_kn + across[None, :] * stride_kd)
+            inside = ((which >= 0) & (which < C))[:, None] & (column < D)[None, :]
+            K = tl.load(at, inside, 0.0)
             start = which * STRIDE
             common = tl.minimum(start + LENGTH, (j + 1) * BLOCK) - tl.maximum(start, j * BLOCK)
             weight = tl.maximum(common, 0).to(tl.float32) / STRIDE
-            p += weight[None, :] * _probabilities(
-                Q, k, base, sees, which, k_offset, C, c, scale, stride_kn, stride_kd,
-                D, BLOCK_D, WIDE, PRECISION, True,
-            )  # fmt: skip
-    return tl.sum(tl.reshape(p, [TOKENS, HEADS, BLOCK_N]), 1)
+            pt += weight[:, None] * _seen_probabilities(
+                Q, K, base, sees, which, c, scale, PRECISION, True
+            )
+    return tl.trans(tl.sum(tl.reshape(pt, [BLOCK_N, TOKENS, HEADS]), 2))
 
 
 @triton.jit
 def _take(
-    best, Q, k, base, sees, own, k_offset, C, c, scale, initial, local, lo, hi,
-    stride_kn, stride_kd,
+    best, worst, Q, k, base, sees, own, place, head, start_c, k_offset, C, c, scale,
+    initial, local, lo, hi, stride_kn, stride_kd,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
     REACH: tl.constexpr, COUNT: tl.constexpr, LOG_N: tl.constexpr, LOG_COUNT: tl.constexpr,
-    INTERPRETED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    INTERPRETED: tl.constexpr, DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take the selection blocks ``lo … hi`` into the best of each token."""
+    EXACT: tl.constexpr = Q.dtype == tl.float32
     for first in tl.range(lo, hi, BLOCK_N):
         first = tl.multiple_of(first, BLOCK_N)
-        j = first + tl.arange(0, BLOCK_N)
         score = _importance(
-            Q, k, base, sees, j, k_offset, C, c, scale, stride_kn, stride_kd,
-            TOKENS, HEADS, D, BLOCK_D, BLOCK_N, BLOCK, LENGTH, STRIDE, REACH,
-            WIDE, PRECISION, MASKED,
+            Q, k, base, sees, place, head, start_c, first, k_offset, C, c, scale,
+            stride_kn, stride_kd, TOKENS, HEADS, D, BLOCK_D, BLOCK_N, BLOCK, LENGTH, STRIDE, REACH,
+            DESCRIPTOR, WIDE, PRECISION, MASKED,
         )  # fmt: skip
         score = _spread(score, BLOCK_N, TOKENS, INTERPRETED)
         # A score that is no number counts as a very high one: it shows.
-        score = tl.where(score < 1e30, score, 1e30)
-        bits = score.to(tl.int32, bitcast=True)
+        bits = tl.where(score < 1e10, score, 1e10).to(tl.int32, bitcast=True)
+        within = tl.arange(0, BLOCK_N)
+        j = first + within
         back = own[:, None] - j[None, :]
-        bits = tl.where((j < initial)[None, :], (initial + _FORCED - j)[None, :], bits)
-        bits = tl.where(back < local, initial + local + _FORCED - back, bits)
-        key = (bits.to(tl.int64) << 32) + (j.to(tl.int64) * -1 + _LAST)[None, :]
-        key = tl.where(back >= 0, key, j[None, :].to(tl.int64) + _LOWEST)
-        worst = tl.min(best, 1)
-        if tl.max((tl.max(key, 1) > worst).to(tl.int32), 0) > 0:
-            found = _best(key, LOG_N, COUNT, INTERPRETED)
+        bits = tl.where((j < initial)[None, :], (initial - j)[None, :] * 256 + _FORCED, bits)
+        bits = tl.where(back < local, (initial + local - back) * 256 + _FORCED, bits)
+        if not EXACT:  # the number within the tile takes the place of the last bits
+            bits = (bits >> LOG_N << LOG_N) + (within * -1 + (BLOCK_N - 1))[None, :]
+        bits = tl.where(back >= 0, bits, -1)
+        if tl.max(tl.max((bits > worst[:, None]).to(tl.int32), 1), 0) > 0:
+            if EXACT:
+                key = (bits.to(tl.int64) << 32) + (j.to(tl.int64) * -1 + _LAST)[None, :]
+                found = _best(key, LOG_N, COUNT, INTERPRETED)
+            else:
+                found = _best(bits, LOG_N, COUNT, INTERPRETED).to(tl.int64)
+                number = found & (BLOCK_N - 1)  # BLOCK_N − 1 − number within the tile
+                found = ((found >> LOG_N << LOG_N) << 32) + (number + (_LAST - BLOCK_N + 1 - first))
             best = _merge(best, found, LOG_COUNT, COUNT, INTERPRETED)
-    return best
+            worst = tl.min((best >> 32).to(tl.int32), 1)
+            if not EXACT:  # an equal score of a later tile has a higher number
+                worst = worst + (BLOCK_N - 1)
+    return best, worst
 
 
 @triton.jit
@@ -224,10 +238,9 @@ def select_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, REACH: tl.constexpr, COUNT: tl.constexpr,
     LOG_N: tl.constexpr, LOG_COUNT: tl.constexpr, INTERPRETED: tl.constexpr,
-    VARLEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    VARLEN: tl.constexpr, DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The best blocks of ``BLOCK_M / HEADS`` tokens of one group."""
-    LOG2: tl.constexpr = 1.4426950408889634
     pid = tl.program_id(0)
     tile, bh = tiles - 1 - pid // all_heads, pid % all_heads
     place, head, start, start_c, Nq, C = sequence_of(bh, heads, Nq, C, cu, cu_cmp, VARLEN)
@@ -247,9 +260,7 @@ def select_kernel(
     there = (token < Nq) & (g < GROUP)
     at = lse + tl.cast(place, tl.int64) * stride_lb + (head * GROUP + g).to(tl.int64) * stride_lh
     base = tl.load(at + (start + token).to(tl.int64) * stride_ln, there, float("-inf"))
-    base = tl.where(base == float("-inf"), float("inf"), base)
-    if Q.dtype != tl.float32:
-        base = base * LOG2
+    base = _row_lse(base, Q.dtype == tl.float32)
     sees = visible(token + offset, C, LENGTH, STRIDE)
     i = first + tl.arange(0, TOKENS)
     own = (i + offset) // BLOCK
@@ -262,15 +273,18 @@ def select_kernel(
     if REACH > 1 or LENGTH != BLOCK or STRIDE != BLOCK:
         full = 0  # keys are counted in other units than blocks, and each load has its mask
     best = tl.broadcast_to((tl.arange(0, COUNT).to(tl.int64) + _LOWEST)[None, :], TOKENS, COUNT)
-    best = _take(
-        best, Q, k, base, sees, own, k_offset, C, c, scale, initial, local, 0, full,
-        stride_kn, stride_kd, TOKENS, HEADS, D, BLOCK_D, BLOCK_N, BLOCK, LENGTH, STRIDE,
-        REACH, COUNT, LOG_N, LOG_COUNT, INTERPRETED, WIDE, PRECISION, False,
+    worst = tl.full([TOKENS], -1, tl.int32)
+    best, worst = _take(
+        best, worst, Q, k, base, sees, own, place, head, start_c, k_offset, C, c, scale,
+        initial, local, 0, full, stride_kn, stride_kd, TOKENS, HEADS, D, BLOCK_D, BLOCK_N,
+        BLOCK, LENGTH, STRIDE, REACH, COUNT, LOG_N, LOG_COUNT, INTERPRETED,
+        DESCRIPTOR, WIDE, PRECISION, False,
     )  # fmt: skip
-    best = _take(
-        best, Q, k, base, sees, own, k_offset, C, c, scale, initial, local, full, hi,
-        stride_kn, stride_kd, TOKENS, HEADS, D, BLOCK_D, BLOCK_N, BLOCK, LENGTH, STRIDE,
-        REACH, COUNT, LOG_N, LOG_COUNT, INTERPRETED, WIDE, PRECISION, True,
+    best, worst = _take(
+        best, worst, Q, k, base, sees, own, place, head, start_c, k_offset, C, c, scale,
+        initial, local, full, hi, stride_kn, stride_kd, TOKENS, HEADS, D, BLOCK_D, BLOCK_N,
+        BLOCK, LENGTH, STRIDE, REACH, COUNT, LOG_N, LOG_COUNT, INTERPRETED,
+        DESCRIPTOR, WIDE, PRECISION, True,
     )  # fmt: skip
 
     # -- ascending numbers, then −1 --------------------------------------------------------------
@@ -311,34 +325,42 @@ def select(
     out = q.new_empty((b, m, heads, call.count), dtype=torch.int32)
     if out.numel() == 0 or call.max_q == 0:
         return out
-    c = config or config_for("topk", q, q.shape[3], call, hq // heads)
+    c = config or config_for("topk", q, q.shape[3], call, hq // heads, k_cmp)
 
-    def make(c: Config) -> Launcher:
-        return _launcher(q, k_cmp, lse, out, call, c)
+    def make(c: Config) -> _Select:
+        return _Select(q, k_cmp, lse, out, call, c)
 
-    with On(q):
+    with _On(q):
         key = ("topk", config, lse.stride(), *plan_key(call, q, k_cmp))
         run(key, make, c, q, k_cmp, lse, out, call.cu, call.cu_cmp)
     return out
 
 
-def _launcher(q, k, lse, out, call: Call, c: Config) -> Launcher:
-    heads, all_heads = k.shape[2], (call.sequences or q.shape[0]) * k.shape[2]
-    constants = tile_constants(call, c, q, k)
-    tiles = triton.cdiv(call.max_q, c.block_m // constants["HEADS"])
-    count = max(2, triton.next_power_of_2(call.count))
-    constants["BLOCK_N"] = max(constants["BLOCK_N"], count)
-    return Launcher(
-        select_kernel, (tiles * all_heads,),
-        (*q.stride(), *k.stride(), *lse.stride(), *out.stride()[:3],
-         heads, all_heads, call.max_q, min(call.compressed, k.shape[1]),
-         0 if call.cu is not None else call.offset, tiles, call.count,
-         min(call.initial, 2**18), min(call.local, 2**18),
-         call.scale * LOG2E, call.scale),
-        dict(**constants, BLOCK=call.block_size,
-             REACH=overlapping(call.length, call.stride, call.block_size), COUNT=count,
-             LOG_N=constants["BLOCK_N"].bit_length() - 1, LOG_COUNT=count.bit_length() - 1,
-             INTERPRETED=backend() == "interpreter", VARLEN=call.cu is not None,
-             WIDE=is_wide(c, k), PRECISION=call.precision),
-        c,
-    )  # fmt: skip
+class _Select:
+    """The kernel with one configuration."""
+
+    def __init__(self, q, k, lse, out, call: Call, c: Config) -> None:
+        heads, all_heads = k.shape[2], (call.sequences or q.shape[0]) * k.shape[2]
+        count = max(2, triton.next_power_of_2(call.count))
+        c = replace(c, block_n=max(c.block_n, count))
+        reach = overlapping(call.length, call.stride, call.block_size)
+        if reach > 1 or call.length != call.block_size:  # rows with gaps between them
+            c = replace(c, descriptors=False)
+        constants = tile_constants(call, c, q, k)
+        tiles = triton.cdiv(call.max_q, c.block_m // constants["HEADS"])
+        self.keys = by_keys(c, k)
+        self.launch = Launcher(
+            select_kernel, (tiles * all_heads,),
+            (*q.stride(), *k.stride(), *lse.stride(), *out.stride()[:3],
+             heads, all_heads, call.max_q, min(call.compressed, k.shape[1]),
+             0 if call.cu is not None else call.offset, tiles, call.count,
+             min(call.initial, 2**18), min(call.local, 2**18), call.scale * LOG2E, call.scale),
+            dict(**constants, BLOCK=call.block_size, REACH=reach, COUNT=count,
+                 LOG_N=c.block_n.bit_length() - 1, LOG_COUNT=count.bit_length() - 1,
+                 INTERPRETED=backend() == "interpreter", VARLEN=call.cu is not None,
+                 DESCRIPTOR=c.descriptors, WIDE=is_wide(c, k), PRECISION=call.precision),
+            c,
+        )  # fmt: skip
+
+    def __call__(self, q, k, lse, out, cu, cu_cmp) -> None:
+        self.launch(q, self.keys(k), lse, out, cu, cu_cmp)
