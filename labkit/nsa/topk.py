@@ -10,20 +10,24 @@ again and add it up where it is needed:
 
 A program owns a few tokens with all heads of their group (``compression.py`` says why), walks
 along the selection blocks in tiles, and keeps the best ``count`` of each token in registers.
-Neither p nor I is ever in memory: both would be T × T/64 numbers, for T = 65536 as many as the
-keys of a long batch.
+Neither p nor I is ever in memory: for 65536 tokens and 64 heads p would be 16 GiB in float32.
 
-**One key to sort by.**  A block's score and its number are one 64-bit integer,
+**One number to sort by.**  The bits of a non-negative float32, read as an integer, ascend with its
+value.  With the block's number beside them they are a key,
 
 .. math:: \text{score bits} \cdot 2^{32} + (2^{31} - 1 - j) ,
 
-because the bits of a non-negative float32 ascend with its value.  All keys differ, the lower
-block wins a tie, and no second array has to be carried along.  Forced blocks get scores above
-every sum of probabilities, the own block the highest.
+so no second array has to be carried along, all keys differ, and the lower block wins a tie.
+Forced blocks get scores above every sum of probabilities, the own block the highest.
 
-**Merging.**  Both the kept keys and the best of a tile are sorted, one list turned round: the
-larger of each pair are the best of both, and one bitonic merge sorts them again.  A tile without
-any score above a token's worst kept one is passed over.
+Sorting the blocks of a tile is most of the work after the product, and 64-bit integers double it.
+In half precision the number within the tile takes the place of the last six of 23 bits of the
+score: scores that differ by less than 2⁻¹⁷ of their size may count as equal.  The inputs were
+rounded to 2⁻¹¹ or 2⁻⁸ of theirs.  In float32 nothing is left out.
+
+**Merging.**  The kept keys and the best of a tile are sorted, one list turned round: the larger of
+each pair are the best of both, and one bitonic merge sorts them again.  A tile without any score
+above a token's worst kept one is passed over.
 
 Taught in chapter 13 (the kernels of sparse attention).
 """
@@ -57,7 +61,7 @@ from labkit.nsa.compression import (
 
 __all__ = ["select"]
 
-#: float32 bits above every importance, NaN and infinity included
+#: above the bits of every score, which are cut at 10¹⁰; forced blocks count up from here
 _FORCED = tl.constexpr(0x60000000)
 _LOWEST = tl.constexpr(-(2**62))
 _LAST = tl.constexpr(2**31 - 1)
@@ -208,8 +212,8 @@ def _take(
         within = tl.arange(0, BLOCK_N)
         j = first + within
         back = own[:, None] - j[None, :]
-        bits = tl.where((j < initial)[None, :], (initial - j)[None, :] * 256 + _FORCED, bits)
-        bits = tl.where(back < local, (initial + local - back) * 256 + _FORCED, bits)
+        bits = tl.where((j < initial)[None, :], (initial - j)[None, :] * BLOCK_N + _FORCED, bits)
+        bits = tl.where(back < local, (initial + local - back) * BLOCK_N + _FORCED, bits)
         if not EXACT:  # the number within the tile takes the place of the last bits
             bits = (bits >> LOG_N << LOG_N) + (within * -1 + (BLOCK_N - 1))[None, :]
         bits = tl.where(back >= 0, bits, -1)
@@ -354,7 +358,8 @@ class _Select:
             (*q.stride(), *k.stride(), *lse.stride(), *out.stride()[:3],
              heads, all_heads, call.max_q, min(call.compressed, k.shape[1]),
              0 if call.cu is not None else call.offset, tiles, call.count,
-             min(call.initial, 2**18), min(call.local, 2**18), call.scale * LOG2E, call.scale),
+             min(call.initial, call.blocks), min(call.local, call.blocks),
+             call.scale * LOG2E, call.scale),
             dict(**constants, BLOCK=call.block_size, REACH=reach, COUNT=count,
                  LOG_N=c.block_n.bit_length() - 1, LOG_COUNT=count.bit_length() - 1,
                  INTERPRETED=backend() == "interpreter", VARLEN=call.cu is not None,
