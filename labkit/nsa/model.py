@@ -26,6 +26,7 @@ Taught in chapters 12 (what it costs) and 13 (when is sparse faster).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -392,6 +393,20 @@ def expected_union(
     return n * (band - spread * (1 - outside ** (m + 1)) / (m + 1))
 
 
+def _tiles(shape: Shape, tile: int) -> Counter[tuple[int, int, int]]:
+    """Tiles by their first block, their last block, and their queries; most are alike."""
+    size, end = shape.block_size, shape.seq_len
+    if size % tile == 0:  # no tile crosses a boundary
+        found = Counter({(c, c, tile): size // tile for c in range(end // size)})
+        starts = range(end // size * size, end, tile)
+    else:
+        found, starts = Counter(), range(0, end, tile)
+    for start in starts:
+        last = min(start + tile, end) - 1
+        found[start // size, last // size, last - start + 1] += 1
+    return found
+
+
 def union_blocks(shape: Shape, tile: int, pattern: str = "random") -> float:
     r"""Blocks that a kernel loads if ``tile`` neighbouring queries share what they chose.
 
@@ -409,14 +424,12 @@ def union_blocks(shape: Shape, tile: int, pattern: str = "random") -> float:
     spread = PATTERNS[check_choice("pattern", pattern, PATTERNS)]
     check_positive_int("tile", tile)
     total = 0.0
-    for start in range(0, shape.seq_len, tile):
-        end = min(start + tile, shape.seq_len) - 1
-        first, last = start // shape.block_size, end // shape.block_size
-        initial, local = forced_blocks(shape, end)
+    for (first, last, queries), tiles in _tiles(shape, tile).items():
+        initial, local = forced_blocks(shape, min(shape.seq_len - 1, last * shape.block_size))
         # a tile across a boundary has the local blocks of both sides
         everyone = min(last + 1, initial + local + last - first)
         free = min(shape.count, last + 1) - initial - local
-        total += everyone + expected_union(last + 1 - everyone, free, end - start + 1, spread)
+        total += tiles * (everyone + expected_union(last + 1 - everyone, free, queries, spread))
     return total
 
 
