@@ -21,6 +21,7 @@ file                     holds                                                  
 ``weights.py``           which keys each branch looked at, from the LSE                  14
 ``weights_report``       the same in a few numbers, and checked row by row               14
 ``half_rate.py``         even positions computed, odd ones copied                        15
+``loop.py``              one query after another, as source 000 counts it                15
 =======================  ==============================================================  =======
 
 Tensors are ``[batch, seq_len, heads, head_dim]`` here, as in the sources of this part.
