@@ -412,3 +412,59 @@ def test_summary_counts_what_was_read():
     assert get_attention_weights_summary({"selection": None}) == {}
     nothing = {"selection": {"lse": torch.full((1, 1, 2), -math.inf)}}
     assert get_attention_weights_summary(nothing)["selection"]["lse"]["mean"] is None
+
+
+# -- with the kernels --------------------------------------------------------------------------
+
+
+def from_kernels(*, m, n, hq, h, d, dv=None, size=16, count=3, window=9, dtype=torch.float32,
+                 device="cpu", cu=None):  # fmt: skip
+    """Inputs and result of nsa_func, validated to the row."""
+    from labkit.nsa import nsa_func
+
+    generator = torch.Generator(device).manual_seed(n)
+    options = {"generator": generator, "device": device}
+    q, k, v = (
+        torch.randn(1, *shape, **options).to(dtype)
+        for shape in ((m, hq, d), (n, h, d), (n, h, dv or d))
+    )
+    gates = [torch.rand(1, m, hq, **options).to(dtype) for _ in range(3)]
+    cu = None if cu is None else torch.tensor(cu, dtype=torch.int32, device=device)
+    out, weights = nsa_func(
+        q, k, v, *gates, block_counts=count, block_size=size, window_size=window, cu_seqlens=cu,
+        return_attn_weights=True,
+    )  # fmt: skip
+    asked = {"block_size": size, "cu_seqlens": cu}
+    return validate_attention_weights(weights, q, k, v, out=out, **asked)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"m": 35, "n": 35, "hq": 3, "h": 1, "d": 16, "cu": [0, 7, 35]},
+        {"m": 3, "n": 50, "hq": 2, "h": 2, "d": 16, "dv": 32},
+    ],
+    ids=str,
+)
+def test_what_nsa_func_returns_rebuilds_its_output(case):
+    report = from_kernels(**case)
+    assert report["output"]["relative_error"] < 1e-5
+    assert report["compression"]["empty_rows"] == (3 * (7 + 15) if "cu" in case else 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"m": 1024, "n": 1024, "hq": 32, "h": 2, "d": 64, "window": 200},
+        {"m": 500, "n": 500, "hq": 8, "h": 8, "d": 64, "cu": [0, 33, 34, 200, 500]},
+        {"m": 17, "n": 700, "hq": 6, "h": 2, "d": 128, "dv": 64, "count": 5, "size": 64},
+    ],
+    ids=str,
+)
+def test_what_the_gpu_returns_rebuilds_its_output(case, dtype):
+    report = from_kernels(**case, dtype=dtype, device="cuda")
+    worst = max(found["largest_sum_error"] for name, found in report.items() if name != "output")
+    # no score is rounded to the inputs' dtype: the rows of half precision sum as float32's do
+    assert worst < 1e-3 and report["output"]["relative_error"] < 0.01
