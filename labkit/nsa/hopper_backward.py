@@ -12,18 +12,19 @@ LSE₂ = LSE · log₂e, and for 64 gathered rows of Q and dO (64 / G queries ×
 Five products, none of them in vain.  A block's share of dQ is written once per (query, slot), and
 ``shares_kernel`` sums it in the order of the slots.
 
-Four kinds of warps share a program, which owns one piece of one block's list:
+Three kinds of warps share a program, which owns one piece of one block's list:
 
-- A **producer** warp walks the list and asks the copy engine (TMA) for the rows.  The G heads of a
-  query lie in one piece of memory: a box ``[1, 1, G, 64]`` of ``[B, M, HQ, D]``.  Boxes of several
-  queries, side by side in shared memory, are one tile ``[64, D]`` for the product.
+- Two **producer** warps walk the list and ask the copy engine (TMA) for rows, one for those of Q
+  and one for those of dO.  The G heads of a query lie in one piece of memory: a box
+  ``[1, 1, G, 64]`` of ``[B, M, HQ, D]``.  Boxes of several queries, side by side in shared memory,
+  are one tile ``[64, D]`` for the product.
 - Two **consumer** warpgroups take steps in turn: one the even, one the odd.  Each has its own dK
   and dV of the block.  They share K and V, and otherwise never meet: while one is in its
   exponentials the other has the tensor cores.
 - A **storer** warp sends dQ away, query by query, as a consumer leaves it in shared memory.
 
 Only rows whose own block this is need the triangular mask.  The list is ascending, so they stand
-at its beginning; how many steps need it is counted once.  The last step may lack rows: the last
+at its beginning; how many steps need it is counted once.  The first step may lack rows: the first
 query comes again in their place, and P is set to 0.
 
 Two consumers with their own sums make two partial sums of each piece: float32, added in order by
@@ -91,35 +92,47 @@ STAGES = 4
 # -- before: pieces and rows -----------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["low", "chunks", "heads", "pieces", "rows", "total", "size"])
+@triton.jit(
+    do_not_specialize=[
+        "low", "chunks", "heads", "pieces", "rows", "total", "size", "each", "slots",
+    ]
+)  # fmt: skip
 def items_kernel(
-    starts, owner, first, cu, cu_blocks, items, low, chunks, heads, pieces, rows, Nk, offset, size,
-    total, BLOCK: tl.constexpr, VARLEN: tl.constexpr, HALVINGS: tl.constexpr,
-    SEQUENCES: tl.constexpr, ROWS: tl.constexpr,
+    starts, owner, first, cu, cu_blocks, order, items,
+    low, chunks, heads, pieces, rows, Nk, offset, size, each, slots, total,
+    BLOCK: tl.constexpr, VARLEN: tl.constexpr, HALVINGS: tl.constexpr, SEQUENCES: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """``items [pieces, 4]``: entries lo … hi, row of the block's first key, first query to see it.
+    """``items [pieces, 4]``: entries lo … hi, row of the block's first key, and how many entries at
+    the beginning are queries of that very block, which do not see all of it.
 
-    What :func:`labkit.nsa.by_keys.find_piece` finds, looked up once for the four kinds of warps.
+    What :func:`labkit.nsa.by_keys.find_piece` finds, looked up once for all the warps.
     """
     x = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    _, _, _, _, block, _, _, lo, hi, start, own, _ = find_piece(
+    which, _, _, _, block, _, _, lo, hi, start, own, _ = find_piece(
         starts, owner, first, cu, cu_blocks, tl.minimum(x, total - 1), low, chunks, heads, pieces,
         rows, Nk, offset, size, 1, VARLEN, HALVINGS, SEQUENCES,
     )  # fmt: skip
-    key = block * BLOCK
+    e = tl.arange(0, BLOCK)
+    at = (which * each + lo)[:, None] + e[None, :]
+    there = e[None, :] < (hi - lo)[:, None]
+    query = tl.load(order + at, there, 0) // slots
+    last = block * BLOCK + (BLOCK - 1) - own  # the first query to see all of the block
+    own = tl.sum((there & (query < last[:, None])).to(tl.int32), 1)
     tl.store(items + x * 4, lo, mask=x < total)
     tl.store(items + x * 4 + 1, hi, mask=x < total)
-    tl.store(items + x * 4 + 2, (start + key).to(tl.int32), mask=x < total)
-    tl.store(items + x * 4 + 3, key - own, mask=x < total)
+    tl.store(items + x * 4 + 2, (start + block * BLOCK).to(tl.int32), mask=x < total)
+    tl.store(items + x * 4 + 3, own, mask=x < total)
 
 
-@triton.jit(do_not_specialize=["low", "chunks", "heads", "each", "slots", "Nq"])
+@triton.jit(do_not_specialize=["low", "chunks", "heads", "each", "slots", "Nq", "offset"])
 def lines_kernel(
-    lse, delta, order, lines, low, chunks, heads, each, slots, Nq,
+    lse, delta, order, lines, low, chunks, heads, each, slots, Nq, offset,
     GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """LSE₂ and δ in the order of the list, ``lines [lists, 2, entries · G]``.
+    """LSE₂, the query's key and δ in the order of the list, ``lines [lists, 3, entries · G]``.
 
+    The query's own key is a row of k; a float32 counts to 2²⁴.
     A query that saw no key has LSE = −∞ and gets +∞ here: its P = 2^(s − ∞) is 0.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -131,13 +144,15 @@ def lines_kernel(
     there = entry < each
     chosen = tl.load(order + which * each + entry, there, -1)
     used = chosen >= 0
-    row = bh // heads * Nq + (tl.maximum(chosen, 0) // slots).to(tl.int64)
+    query = tl.maximum(chosen, 0) // slots
+    row = bh // heads * Nq + query.to(tl.int64)
     row = row * (heads * GROUP) + bh % heads * GROUP + g
     one = tl.load(lse + row, used, float("-inf"))
     one = tl.where(one == float("-inf"), float("inf"), one * LOG2E)
-    to = near * 2 * each * GROUP + x
-    tl.store(lines + to, one, mask=there)
-    tl.store(lines + to + each * GROUP, tl.load(delta + row, used, 0.0), mask=there)
+    to = lines + near * 3 * each * GROUP + x
+    tl.store(to, one, mask=there)
+    tl.store(to + each * GROUP, (query + offset).to(tl.float32), mask=there)
+    tl.store(to + 2 * each * GROUP, tl.load(delta + row, used, 0.0), mask=there)
 
 
 # -- after: the shares of dQ -----------------------------------------------------------------------
@@ -245,11 +260,11 @@ def sums_kernel(
 
 
 @_jit
-def _entries(order, e, hi, slots, N: gl.constexpr):
-    """Entries e … e + N of the list; the last one again beyond its end."""
+def _entries(order, e, lo, N: gl.constexpr):
+    """Entries e … e + N of the list; the first one again for those before it."""
     found = ()
     for j in gl.static_range(N):
-        found = found + (gl.load(order + gl.minimum(e + j, hi - 1)),)  # noqa: RUF005
+        found = found + (gl.load(order + gl.maximum(e + j, lo)),)  # noqa: RUF005
     return found
 
 
@@ -273,61 +288,79 @@ def _boxes(tile, D: gl.constexpr, G: gl.constexpr):
 
 
 @_jit
-def _produce(args, D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
-    """K and V once; then, step after step, Q and dO of 64 / G queries and what belongs to them."""
+def _produce(args, DOUT: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
+    """Step after step 64 / G queries: rows of dO and δ for one warp, the rest for another."""
     smem, bars, descs, numbers = args
-    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem = smem
+    k_smem, v_smem, q_smem, do_smem, lse_smem, at_smem, delta_smem = smem
     kv_full, q_full, do_full, q_empty, do_empty = bars
     q_desc, do_desc, k_desc, v_desc, lines_desc = descs
-    order, batch, head, near, lo, hi, steps, key, slots = numbers
+    order, batch, head, near, lo, base, steps, key, slots = numbers
     N: gl.constexpr = 64 // G
-    box: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
-    if steps > 0:
-        mbarrier.expect(kv_full, 2 * 64 * D * 2)
-        at = [batch, key, head, 0]
-        into = k_smem._reinterpret(k_smem.dtype, [1, 64, 1, D], box)
-        tma.async_copy_global_to_shared(k_desc, at, kv_full, into)
-        into = v_smem._reinterpret(v_smem.dtype, [1, 64, 1, D], box)
-        tma.async_copy_global_to_shared(v_desc, at, kv_full, into)
-    for n in range(steps):
-        e = lo + n * N
-        slot, parity = n % STAGES, (n // STAGES) & 1
-        chosen = _entries(order, e, hi, slots, N)
-        # A barrier nobody has used counts as one whose phase before the first has ended.
-        mbarrier.wait(q_empty.index(slot), parity ^ 1)
-        full = q_full.index(slot)
-        mbarrier.expect(full, 64 * D * 2 + 64 * 4)
-        _gather(q_desc, batch, head, chosen, slots, full, _boxes(q_smem.index(slot), D, G), D, G)
-        tma.async_copy_global_to_shared(lines_desc, [near * 2, e * G], full, lse_smem.index(slot))
-        mbarrier.wait(do_empty.index(slot), parity ^ 1)
-        full = do_full.index(slot)
-        mbarrier.expect(full, 64 * D * 2 + 64 * 4)
-        _gather(do_desc, batch, head, chosen, slots, full, _boxes(do_smem.index(slot), D, G), D, G)
-        at = [near * 2 + 1, e * G]
-        tma.async_copy_global_to_shared(lines_desc, at, full, delta_smem.index(slot))
+    line = near * 3
+    chosen = _entries(order, base, lo, N)
+    if DOUT:
+        for n in range(steps):
+            slot, parity = n % STAGES, (n // STAGES) & 1
+            e = base + n * N
+            # Asked for before they are needed; beyond the end, those of the last step again.
+            ahead = _entries(order, gl.minimum(e + N, base + (steps - 1) * N), lo, N)
+            # A barrier nobody has used counts as one whose phase before the first has ended.
+            mbarrier.wait(do_empty.index(slot), parity ^ 1)
+            full = do_full.index(slot)
+            mbarrier.expect(full, 64 * D * 2 + 64 * 4)
+            at = [line + 2, e * G]
+            tma.async_copy_global_to_shared(lines_desc, at, full, delta_smem.index(slot))
+            boxes = _boxes(do_smem.index(slot), D, G)
+            _gather(do_desc, batch, head, chosen, slots, full, boxes, D, G)
+            chosen = ahead
+    else:
+        if steps > 0:
+            box: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
+            mbarrier.expect(kv_full, 2 * 64 * D * 2)
+            at = [batch, key, head, 0]
+            into = k_smem._reinterpret(k_smem.dtype, [1, 64, 1, D], box)
+            tma.async_copy_global_to_shared(k_desc, at, kv_full, into)
+            into = v_smem._reinterpret(v_smem.dtype, [1, 64, 1, D], box)
+            tma.async_copy_global_to_shared(v_desc, at, kv_full, into)
+        for n in range(steps):
+            slot, parity = n % STAGES, (n // STAGES) & 1
+            e = base + n * N
+            ahead = _entries(order, gl.minimum(e + N, base + (steps - 1) * N), lo, N)
+            mbarrier.wait(q_empty.index(slot), parity ^ 1)
+            full = q_full.index(slot)
+            mbarrier.expect(full, 64 * D * 2 + 2 * 64 * 4)
+            at = [line, e * G]
+            tma.async_copy_global_to_shared(lines_desc, at, full, lse_smem.index(slot))
+            at = [line + 1, e * G]
+            tma.async_copy_global_to_shared(lines_desc, at, full, at_smem.index(slot))
+            boxes = _boxes(q_smem.index(slot), D, G)
+            _gather(q_desc, batch, head, chosen, slots, full, boxes, D, G)
+            chosen = ahead
 
 
 @_jit
 def _send(args, D: gl.constexpr, G: gl.constexpr):
     """dQ of each step to its places (query, slot)."""
-    dq_smem, dq_full, dq_empty, dq_desc, order, first, lo, hi, steps = args
+    dq_smem, dq_full, dq_empty, dq_desc, order, first, lo, base, steps = args
     N: gl.constexpr = 64 // G
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=3)
+    chosen = _entries(order, base, lo, N)
     for n in range(steps):
-        e = lo + n * N
+        e = base + n * N
         who = n % 2
-        chosen = _entries(order, e, hi, 1, N)
+        ahead = _entries(order, gl.minimum(e + N, base + (steps - 1) * N), lo, N)
         mbarrier.wait(dq_full.index(who), (n // 2) & 1)
         tile = dq_smem.index(who)
         boxes = tile._reinterpret(tile.dtype, [N * (D // 64), 1, G, 64], layout)
         for j in gl.static_range(N):
-            if e + j < hi:
+            if e + j >= lo:
                 for half in gl.static_range(D // 64):
                     tma.async_copy_shared_to_global(
                         dq_desc, [first + chosen[j], 0, half * 64], boxes.index(half * N + j)
                     )
         tma.store_wait(0)
         mbarrier.arrive(dq_empty.index(who), count=1)
+        chosen = ahead
 
 
 # -- the consumers ---------------------------------------------------------------------------------
@@ -342,27 +375,22 @@ def _row(smem, slot, layout: gl.constexpr):
 
 
 @_jit
-def _hide(p, order, e, hi, first, slots, G: gl.constexpr):
-    """0 for keys after the query, and for rows beyond the end of the list.
-
-    ``first``: the query that stands on the block's first key.
-    """
+def _hide(p, at, e, lo, key, G: gl.constexpr):
+    """0 for keys after the query's position ``at``, and for rows before the list's beginning."""
     layout: gl.constexpr = p.type.layout
-    at = e + gl.arange(0, 64, gl.SliceLayout(0, layout)) // G
-    query = gl.load(order + at, mask=at < hi, other=0) // slots
-    limit = gl.where(at < hi, query - first, -1)
-    key = gl.arange(0, 64, gl.SliceLayout(1, layout))
-    return gl.where(key[:, None] <= limit[None, :], p, 0.0)
+    there = e + gl.arange(0, 64, gl.SliceLayout(0, layout)) // G >= lo
+    key = key + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    return gl.where((key.to(gl.float32)[:, None] <= at) & there[None, :], p, 0.0)
 
 
 @_jit
-def _walk(args, dk, dv, masked, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr,
+def _walk(args, dk, dv, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr,
           STAGES: gl.constexpr, FUSED: gl.constexpr):  # fmt: skip
     """Every other step; ``FUSED``: with its share of dQ."""
-    smem, bars, order, _, numbers = args
-    k_tile, v_tile, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = smem
+    smem, bars, _, numbers = args
+    k_tile, v_tile, q_smem, do_smem, lse_smem, at_smem, delta_smem, ds_smem, dq_smem = smem
     _, q_full, do_full, q_empty, do_empty, dq_full, dq_empty = bars
-    lo, hi, steps, first, slots, _, slope, scale = numbers
+    lo, base, steps, masked, key, _, slope, scale = numbers
     N: gl.constexpr = 64 // G
     # A product of a warpgroup leaves 16 rows to each of its warps.
     tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -370,7 +398,6 @@ def _walk(args, dk, dv, masked, WHO: gl.constexpr, D: gl.constexpr, G: gl.conste
     # The result of one product as the left factor of the next: each thread has its own values.
     left: gl.constexpr = gl.DotOperandLayout(0, grad, 2)
     dtype: gl.constexpr = k_tile.dtype
-    whole = (hi - lo) // N
     none = gl.zeros([64, 64], gl.float32, tile)
     nothing = gl.zeros([64, D], gl.float32, grad)
     for n in range(WHO, steps, 2):
@@ -384,8 +411,8 @@ def _walk(args, dk, dv, masked, WHO: gl.constexpr, D: gl.constexpr, G: gl.conste
         s = warpgroup_mma_wait(1, [s])
         # While dP runs:
         p = gl.exp2(s * slope - _row(lse_smem, slot, tile))
-        if (n < masked) | (n >= whole):
-            p = _hide(p, order, lo + n * N, hi, first, slots, G)
+        if n < masked:
+            p = _hide(p, _row(at_smem, slot, tile), base + n * N, lo, key, G)
         p_left = gl.convert_layout(p.to(dtype), left, assert_trivial=True)
         dv = warpgroup_mma(p_left, do_smem.index(slot), dv, is_async=True)
         dp = warpgroup_mma_wait(1, [dp])
@@ -417,24 +444,18 @@ def _walk(args, dk, dv, masked, WHO: gl.constexpr, D: gl.constexpr, G: gl.conste
 @_jit
 def _consume(args, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
     """dK and dV of the block, summed over every other step."""
-    _, bars, order, out, numbers = args
+    _, bars, out, numbers = args
     dk_out, dv_out = out
-    lo, hi, steps, first, slots, split, _, _ = numbers
-    tile: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    _, _, steps, _, _, split, _, _ = numbers
     grad: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     if steps > 0:
-        # The list is ascending: queries of this block stand at its beginning.
-        at = lo + gl.arange(0, 64, gl.SliceLayout(0, tile))
-        query = gl.load(order + at, mask=at < hi, other=0) // slots
-        mine = gl.sum(((at < hi) & (query < first + 63)).to(gl.int32), 0)
-        masked = gl.cdiv(mine, 64 // G)
         dk = gl.zeros([64, D], gl.float32, grad)
         dv = gl.zeros([64, D], gl.float32, grad)
         mbarrier.wait(bars[0], 0)
         if split != 0:
-            dk, dv = _walk(args, dk, dv, masked, WHO, D, G, STAGES, False)
+            dk, dv = _walk(args, dk, dv, WHO, D, G, STAGES, False)
         else:
-            dk, dv = _walk(args, dk, dv, masked, WHO, D, G, STAGES, True)
+            dk, dv = _walk(args, dk, dv, WHO, D, G, STAGES, True)
         j = gl.arange(0, 64, gl.SliceLayout(1, grad)) + WHO * 64
         column = gl.arange(0, D, gl.SliceLayout(0, grad))
         at = (j * D)[:, None] + column[None, :]
@@ -467,9 +488,11 @@ def dkdv_kernel(
     lo = gl.load(items + x * 4)
     hi = gl.load(items + x * 4 + 1)
     key = gl.load(items + x * 4 + 2)
-    first = gl.load(items + x * 4 + 3)
+    own = gl.load(items + x * 4 + 3)  # queries of its block, at the beginning of the list
     split = gl.load(split)
     steps = gl.cdiv(gl.maximum(hi - lo, 0), N)
+    base = hi - steps * N  # the first step may lack rows
+    masked = gl.cdiv(lo + own - base, N)
     order = order + which.to(gl.int64) * each
     out = x.to(gl.int64) * (2 * 64 * D)
 
@@ -480,6 +503,7 @@ def dkdv_kernel(
     ds_smem = gl.allocate_shared_memory(dtype, [2, 64, 64], tile)
     dq_smem = gl.allocate_shared_memory(dtype, [2, 64, D], tile)
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 64], line)
+    at_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 64], line)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 64], line)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], bar)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -500,25 +524,26 @@ def dkdv_kernel(
     fence_async_shared()  # the copy engine must see the barriers before it completes them
 
     loads = (
-        (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem),
+        (k_smem, v_smem, q_smem, do_smem, lse_smem, at_smem, delta_smem),
         (kv_full, q_full, do_full, q_empty, do_empty),
         (q, dout, k, v, lines),
-        (order, batch, head, near, lo, hi, steps, key, slots),
+        (order, batch, head, near, lo, base, steps, key, slots),
     )  # fmt: skip
     work = (
-        (k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem),
+        (k_smem, v_smem, q_smem, do_smem, lse_smem, at_smem, delta_smem, ds_smem, dq_smem),
         (kv_full, q_full, do_full, q_empty, do_empty, dq_full, dq_empty),
-        order, (dk + out, dv + out), (lo, hi, steps, first, slots, split, slope, scale),
+        (dk + out, dv + out), (lo, base, steps, masked, key, split, slope, scale),
     )  # fmt: skip
     # Entries count from the first query of the head; shares of dQ from that of the range.
-    sends = (dq_smem, dq_full, dq_empty, dq, order, (near - which % chunks) * each, lo, hi,
+    sends = (dq_smem, dq_full, dq_empty, dq, order, (near - which % chunks) * each, lo, base,
              gl.where(split != 0, 0, steps))  # fmt: skip
     gl.warp_specialize([
         (_consume, (work, 0, D, G, STAGES)),
         (_consume, (work, 1, D, G, STAGES)),
-        (_produce, (loads, D, G, STAGES)),
+        (_produce, (loads, False, D, G, STAGES)),
+        (_produce, (loads, True, D, G, STAGES)),
         (_send, (sends, D, G)),
-    ], [4, 1, 1], [240, 24, 24])  # fmt: skip
+    ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
 
 
 # -- dQ by queries ---------------------------------------------------------------------------------
@@ -719,7 +744,7 @@ def _turn(block_indices, call: Call, n_k: int, group: int, d: int, workspace: in
     size, rows = max(1, piece // group), lists.block_rows(call, n_k)
 
     def needs(queries: int) -> int:
-        shares = queries * s * group * (2 * d + 8)
+        shares = queries * s * group * (2 * d + 12)
         return shares + (queries * s // size + rows) * 2 * 2 * 64 * d * 4
 
     chunk = m
@@ -795,7 +820,7 @@ def backward(
     dk_parts, dv_parts = new((2, sums, d), dtype=torch.float32)
     sums = turned.rows * 64 if turned.chunks > 1 else 0
     dk_sums, dv_sums = new((2, sums, d), dtype=torch.float32)
-    lines = new((turned.together * 2, turned.each * group), dtype=torch.float32)
+    lines = new((turned.together * 3, turned.each * group), dtype=torch.float32)
     items = new((turned.together * turned.pieces, 4), dtype=torch.int32)
     box = [1, 1, group, 64]
     described = (
@@ -807,14 +832,14 @@ def backward(
     queries = max(1, 2048 // d)
     for low, number in turned.groups():
         total = number * turned.pieces
-        items_kernel[(triton.cdiv(total, 128),)](
-            turned.starts, turned.owner, turned.first, call.cu, call.cu_blocks, items,
+        items_kernel[(triton.cdiv(total, 16),)](
+            turned.starts, turned.owner, turned.first, call.cu, call.cu_blocks, turned.order, items,
             low, turned.chunks, heads, turned.pieces, turned.rows, call.max_k, call.offset,
-            turned.size, total, BLOCK=64, **shared, ROWS=128,
+            turned.size, turned.each, slots, total, BLOCK=64, **shared, ROWS=16,
         )  # fmt: skip
         lines_kernel[(triton.cdiv(turned.each * group, 1024), number)](
             lse_rows, delta, turned.order, lines, low, turned.chunks, heads, turned.each, slots, m,
-            GROUP=group, ROWS=1024,
+            call.offset, GROUP=group, ROWS=1024,
         )  # fmt: skip
         dkdv_kernel[(total,)](
             *described, turned.order, items, split, dk_parts, dv_parts, low,
@@ -864,6 +889,8 @@ def why_not(q, k, v, call: Call) -> str | None:
             return "not float16 or bfloat16"
         if q.shape[3] not in (64, 128) or v.shape[3] != q.shape[3]:
             return "a head_dim other than 64 or 128"
+        if k.shape[1] >= 2**24:
+            return "more keys than a float32 counts"
         if call.block_size != 64:
             return "a block_size other than 64"
         if q.shape[2] // k.shape[2] not in (8, 16, 32, 64):
