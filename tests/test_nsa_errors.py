@@ -242,6 +242,14 @@ def test_a_stride_that_leaves_tokens_out(device):
     rejected("block_size", call=lambda: compressed(device, options={"block_size": 0}))
 
 
+def test_a_pooling_that_gives_something_else(device):
+    good = {"block_size": 16, "compress": lambda k, v: (k[:, ::20], v[:, ::20])}
+    with pytest.raises(AssertionError, match="launched"):
+        compressed(device, options=good)
+    for wrong in (lambda k, v: (k, v), lambda k, v: (k[:, ::20].half(), v[:, ::20].half())):
+        rejected("compress", call=lambda w=wrong: compressed(device, good | {"compress": w}))
+
+
 @pytest.mark.parametrize(
     ("option", "good", "bad"),
     [("window_size", 1, True), ("block_counts", 1, 1.0), ("block_counts", 1, True),
@@ -276,6 +284,23 @@ def test_blocks_that_do_not_exist(value, says, dtype, device):
     """40 keys make 3 blocks of 16; one wrong number among 480 is found and shown."""
     bad = choice(device, dtype=dtype, at=value)
     rejected("block_indices", str(value), says, call=lambda: selected(device, bad))
+
+
+def test_a_choice_that_was_good_is_checked_again_when_it_changes(device):
+    """What was checked is remembered by the tensor and its version, not by its place alone."""
+    blocks = choice(device)
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="launched"):
+            selected(device, blocks)
+    rejected("block_indices", call=lambda: selected(device, blocks + 9))
+    with pytest.raises(AssertionError, match="launched"):
+        selected(device, blocks)
+    blocks[0, 0, 0, 0] = 9
+    rejected("block_indices", call=lambda: selected(device, blocks))
+    blocks[0, 0, 0, 0] = 2
+    with pytest.raises(AssertionError, match="launched"):
+        selected(device, blocks)
+    rejected("block_indices", call=lambda: selected(device, blocks, options={"block_size": 32}))
 
 
 def test_a_number_that_does_not_fit_32_bits_is_not_cut_off(device):

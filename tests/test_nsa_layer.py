@@ -189,6 +189,19 @@ def test_decoding_on_the_gpu(kind, length, stride, dtype):
     assert gap < 16 * torch.finfo(dtype).eps * y.abs().max()
 
 
+@pytest.mark.gpu
+def test_a_training_step_under_autocast():
+    module = layer("mlp", 32, 16, device="cuda", implementation="kernels", block_size=64)
+    x = tokens(300, b=2, device="cuda").requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16
+    y.float().square().mean().backward()
+    for name, p in module.named_parameters():
+        assert p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all(), name
+    assert x.grad.abs().sum() > 0
+
+
 def test_what_the_cache_holds():
     module, x = layer("mean", 16, 8), tokens(45, b=2)
     cache = module.new_cache(2, capacity=8)

@@ -281,9 +281,9 @@ def nsa_compressed_attention(
         tokens of a compressed key, and from one to the next; stride is block_size unless given.
         Any positive integers.
     compress : callable
-        ``compress(k, v, cu_seqlens)`` gives compressed keys and values, as
-        ``labkit.nsa.TokenCompression`` does; its ``length`` and ``stride`` take the place of the
-        two above.  None takes means.
+        ``compress(k, v)``, or ``compress(k, v, cu_seqlens)``, gives compressed keys and values,
+        as ``labkit.nsa.TokenCompression`` does; its ``length`` and ``stride`` take the place of
+        the two above.  None takes means.
     return_lse : bool
         also return LSE.
 
@@ -309,9 +309,23 @@ def nsa_compressed_attention(
     if compress is None:
         compressed = [pool_mean(x, length, stride, cu_seqlens=call.cu) for x in (k, v)]
     else:
-        compressed = compress(k, v, call.cu)
+        compressed = compress(k, v) if call.cu is None else compress(k, v, call.cu)
+        _check_made(compressed, q, v, call)
     o, lse = ops.attend_compressed(q, *compressed, call)
     return (o, lse) if return_lse else o
+
+
+def _check_made(compressed, q, v, call: Call) -> None:
+    """What a caller's own pooling gave: as many keys and values as there are complete blocks."""
+    for x, width, like in zip(compressed, (q.shape[3], v.shape[3]), (q, v), strict=True):
+        shape = (q.shape[0], call.compressed, v.shape[2], width)
+        fits = tuple(x.shape) == shape if call.cu is None else tuple(x.shape)[2:] == shape[2:]
+        if not fits or x.dtype != like.dtype:
+            raise ArgumentError(
+                "compress", f"{tuple(x.shape)} {x.dtype}",
+                "is what it gave, not one compressed key or value per complete block.",
+                f"Let it return {shape} in q's dtype.",
+            )  # fmt: skip
 
 
 def nsa_window_attention(

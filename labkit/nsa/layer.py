@@ -42,14 +42,14 @@ def rotate(x: torch.Tensor, position: torch.Tensor, base: float) -> torch.Tensor
     """Rotary position embedding (Su et al. 2021) of x ``[B, T, heads, D]``, D even.
 
     Feature i of the first half and feature i of the second are one pair, turned by
-    position · base^(−2i/D).  The angles are float32: at position 100 000 half precision would
-    not tell neighbours apart.
+    position · base^(−2i/D).  The angles are float32 at least: at position 100 000 half precision
+    would not tell neighbours apart.
     """
-    half = x.shape[-1] // 2
-    rate = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = position.to(torch.float32)[:, None, None] * rate
+    half, wide = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
+    rate = base ** (-torch.arange(half, device=x.device, dtype=wide) / half)
+    angle = position.to(wide)[:, None, None] * rate
     cos, sin = angle.cos(), angle.sin()
-    a, b = x[..., :half].float(), x[..., half:].float()
+    a, b = x[..., :half].to(wide), x[..., half:].to(wide)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
