@@ -748,7 +748,7 @@ def _turn(block_indices, call: Call, n_k: int, group: int, d: int, workspace: in
         return shares + (queries * s // size + rows) * 2 * 2 * 64 * d * 4
 
     chunk = m
-    while chunk > 256 and needs(chunk) > workspace:
+    while chunk > 64 and needs(chunk) > workspace:
         chunk = -(-chunk // 2)
     order, starts, used = lists.by_slot(block_indices, call, n_k, chunk)
     owner, first = lists.parts(starts, size, chunk * s)

@@ -1,0 +1,319 @@
+"""The backward kernels written by hand for Hopper: compiled here without a card, right on one.
+
+What only a Hopper card can run is replaced here by PyTorch that reads the same lists, lines and
+items; everything before and after it is the code itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from nsa_cases import Case, call_of, check_backward, choose, make, truth
+
+from labkit.nsa import hopper_backward
+from labkit.nsa.call import Call
+
+CALL = Call(scale=0.1, max_q=300, max_k=300)
+
+# -- what the kernels compute, in PyTorch ----------------------------------------------------------
+
+
+def gathered(grid, q, dout, k, v, lines, shares, order, items, split, dk, dv, low,
+             heads, chunks, pieces, each, slots, slope, scale, *, D, G, **_):  # fmt: skip
+    """``dkdv_kernel``: the same steps with the same numbers."""
+    q, dout, k, v, lines, shares = (x.base for x in (q, dout, k, v, lines, shares))
+    n = 64 // G
+    order, dk, dv = order.flatten(), dk.view(-1, 64, D), dv.view(-1, 64, D)
+    for x in range(grid[0]):
+        near, (lo, hi, key, own) = x // pieces, items[x].tolist()
+        which = low + near
+        batch, head = divmod(which // chunks, heads)
+        steps = -(-max(hi - lo, 0) // n)
+        base = hi - steps * n
+        masked = -(-(lo + own - base) // n)
+        tiles = [torch.zeros(64, D) for _ in range(2)]
+        for tile, source in zip(tiles, (k, v), strict=True):
+            rows = source[batch, key : key + 64, head]
+            tile[: len(rows)] = rows.float()
+        sums = torch.zeros(2, 2, 64, D)
+        for step in range(steps):
+            e = base + step * n
+            chosen = [int(order[which * each + max(e + j, lo)]) for j in range(n)]
+            group = slice(head * G, head * G + G)
+            rows, grads = (
+                torch.cat([t[batch, c // slots, group] for c in chosen]).float() for t in (q, dout)
+            )
+            columns = e * G + torch.arange(64)
+            three = lines[near * 3 : near * 3 + 3, columns.clamp(0, lines.shape[1] - 1)]
+            lse, at, delta = torch.where((columns >= 0) & (columns < lines.shape[1]), three, 0.0)
+            p = torch.exp2(tiles[0] @ rows.T * slope - lse)
+            if step < masked:
+                there = e + torch.arange(64) // G >= lo
+                p = torch.where(((key + torch.arange(64))[:, None] <= at) & there, p, 0.0)
+            ds = p * (tiles[1] @ grads.T - delta)
+            sums[0, step % 2] += ds @ rows
+            sums[1, step % 2] += p @ grads
+            if not split:
+                share = (ds.T @ tiles[0] * scale).view(n, G, D).to(shares.dtype)
+                for j in range(n):
+                    if e + j >= lo:
+                        shares[(near - which % chunks) * each + chosen[j]] = share[j]
+        if steps:
+            dk[2 * x : 2 * x + 2], dv[2 * x : 2 * x + 2] = sums
+
+
+def along_unions(grid, q, dout, k, v, dq, lse, delta, blocks, members, counts, split,
+                 heads, nq, tiles, cap, own, slope, scale, *, D, G, **_):  # fmt: skip
+    """``dq_kernel``: tile by tile, block by block of its union."""
+    q, dout, k, v, dq = (x.base for x in (q, dout, k, v, dq))
+    n = 128 // G
+    for x in range(grid[0] if split else 0):
+        bh, tile = x // tiles, tiles - 1 - x % tiles
+        batch, head = divmod(bh, heads)
+        rows, group = slice(tile * n, min(tile * n + n, nq)), slice(head * G, head * G + G)
+        i = torch.arange(nq)[rows]
+        total = torch.zeros(len(i), G, D)
+        for u in range(int(counts[batch, head, tile])):
+            block, chose = (int(t[batch, head, tile, u]) for t in (blocks, members))
+            keys, values = (t[batch, block * 64 : block * 64 + 64, head].float() for t in (k, v))
+            s = q[batch, rows, group].float() @ keys.T
+            p = torch.exp2(s * slope - lse[batch, rows, group, None] * hopper_backward.LOG2E)
+            seen = block * 64 + torch.arange(len(keys)) <= (i + own)[:, None]
+            seen = seen & ((chose >> (i - tile * n)) & 1).bool()[:, None]
+            dp = dout[batch, rows, group].float() @ values.T - delta[batch, rows, group, None]
+            total += torch.where(seen[:, None], p * dp, 0.0) @ keys
+        dq[batch, rows, group] = (total * scale).to(dq.dtype)
+
+
+class Replaced:
+    def __init__(self, function) -> None:
+        self.function = function
+
+    def __getitem__(self, grid):
+        return lambda *tensors, **options: self.function(grid, *tensors, **options)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """The two kernels in PyTorch, the rest in the interpreter."""
+    if hopper_backward._MISSING:
+        pytest.skip(f"no Gluon here: {hopper_backward._MISSING}")
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU the kernels themselves are judged")
+    monkeypatch.setattr(hopper_backward, "dkdv_kernel", Replaced(gathered))
+    monkeypatch.setattr(hopper_backward, "dq_kernel", Replaced(along_unions))
+
+
+SMALL = dict(d=64, block=64, dtype="float16")
+CASES = [
+    # several pieces and ranges; batch of two and an offset; sequences of one batch
+    (Case(70, group=16, slots=2, pattern="messy", **SMALL), "fused", dict(workspace=1, piece=256)),
+    (Case(6, 70, group=32, slots=2, batch=2, **SMALL), "split", {}),
+    (Case(75, group=8, slots=2, lengths=(66, 0, 9), pattern="messy", **SMALL), None, {}),
+]
+
+
+@pytest.mark.parametrize(("case", "road", "options"), CASES, ids=str)
+def test_lists_lines_and_sums_make_the_gradients(here, case, road, options):
+    """Every row finds its query, every share its place, every partial sum its block."""
+    check_backward(case, lambda *a: hopper_backward.backward(*a, road=road, **options))
+
+
+def test_the_road_follows_from_how_much_neighbours_share():
+    """A number on the device: no host has to wait for it."""
+    for pattern, slots, split in (("all", 4, 1), ("random", 8, 0)):
+        case = Case(256, 4096, group=8, slots=slots, block=64, pattern=pattern)
+        torch.manual_seed(0)
+        chosen, call = choose(case), call_of(case)
+        turned = hopper_backward._turn(chosen, call, 4096, 8, 64, 2**30, 8192)
+        union, flag = hopper_backward._split(chosen, turned, call, 4096, 8, None)
+        assert flag.tolist() == [split], pattern
+        assert union[2].sum() * 128 >= (chosen >= 0).sum() * 8  # rows multiplied and asked for
+        for road, wanted in (("fused", 0), ("split", 1)):
+            _, flag = hopper_backward._split(chosen, turned, call, 4096, 8, road)
+            assert flag.tolist() == [wanted]
+
+
+# -- without a card ------------------------------------------------------------------------------
+
+#: compiles what ``backward`` would launch, on empty CPU tensors
+CHILD = """
+import json, sys, torch
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from labkit.flash import _resources_child as child
+from labkit.nsa import hopper_backward, lists
+from labkit.nsa.call import Call
+JITFunction.run = child._compile_only
+lists.backend = lambda: "gpu"
+child.wanted.update(("dkdv_kernel", "dq_kernel", "items_kernel", "sums_kernel"))
+driver.set_active(child.Elsewhere(90))
+for d, group in json.load(sys.stdin):
+    child.compiled.clear()
+    q, k = (torch.empty(1, 300, h, d, dtype=torch.bfloat16) for h in (2 * group, 2))
+    call = Call(scale=0.1, max_q=300, max_k=300)
+    chosen = torch.zeros(1, 300, 2, 4, dtype=torch.int32)
+    hopper_backward.backward(
+        q, None, q, k, k, q, torch.empty(1, 2 * group, 300), chosen, call, road="split"
+    )
+    found = {}
+    for name, kernel in child.compiled:
+        usage, sass = child._read_binary(kernel.asm["cubin"], name in ("dkdv_kernel", "dq_kernel"))
+        found[name] = (usage, sass, kernel.metadata.shared)
+    print(json.dumps(found))
+"""
+
+WANTED = [(128, 16)]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """{(head_dim, group): {kernel: (usage, SASS, bytes of shared memory)}}."""
+    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], input=json.dumps(WANTED), capture_output=True, text=True,
+        env=env, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(zip(WANTED, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.slow
+def test_the_kernels_fit_the_card(compiled):
+    for name, kernels in compiled.items():
+        assert set(kernels) == {"dkdv_kernel", "dq_kernel", "items_kernel", "sums_kernel"}
+        for kernel, (usage, _, shared) in kernels.items():
+            numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+            assert shared <= 227 * 1024, (name, kernel)
+            # Five products at head_dim 128 leave no register for some addresses: numbers that stay
+            # the same through the loop are read back from the stack.  Nothing else may go there.
+            spilled = int(numbers["STACK"]) + int(numbers["LOCAL"])
+            assert spilled <= (192 if (name[0], kernel) == (128, "dkdv_kernel") else 0), kernel
+            if kernel in ("dkdv_kernel", "dq_kernel"):
+                # two consumers and the others: what every warp starts with
+                assert int(numbers["REG"]) * 128 * 3 <= 65536, (name, kernel)
+
+
+@pytest.mark.slow
+def test_products_are_wgmma_and_what_they_should_be(compiled):
+    for (d, _), kernels in compiled.items():
+        # Steps of 16 of the sum: Sᵀ and dPᵀ over d, dV, dK and dQ over 64; two consumers.
+        split, fused = 2 * d // 16 + 2 * 4, 2 * d // 16 + 3 * 4
+        assert kernels["dkdv_kernel"][1].count("HGMMA.") == 2 * (split + fused)
+        first, loop, last = 2 * d // 16, 2 * d // 16 + 4, 4
+        assert kernels["dq_kernel"][1].count("HGMMA.") == 2 * (first + loop + last)
+        for kernel in ("dkdv_kernel", "dq_kernel"):
+            sass = kernels[kernel][1]
+            assert not re.search(r"\bHMMA\.", sass)
+            assert "UTMALDG" in sass and "UTMASTG" in sass and sass.count("USETMAXREG") >= 3
+
+
+def test_without_a_hopper_card_there_is_a_reason(monkeypatch):
+    q = torch.zeros(1, 300, 16, 128, dtype=torch.bfloat16)
+    for thing in (q, q.float(), q[:, :0], None):
+        assert hopper_backward.supports(thing, q, q, CALL) is False
+        why = hopper_backward.why_not(thing, q, q, CALL)
+        assert isinstance(why, str) and why
+    monkeypatch.setattr(hopper_backward, "_MISSING", "ImportError: nothing here")
+    assert "nothing here" in hopper_backward.why_not(q, q, q, CALL)
+
+
+def test_reasons_name_what_is_wrong_with_the_tensors(monkeypatch):
+    """What they say of tensors on a Hopper card, said here by pretending that this is one."""
+
+    class OnHopper(torch.Tensor):
+        is_cuda = True
+        device = torch.device("cuda", 0)
+
+    monkeypatch.setattr(hopper_backward, "_hopper", lambda index: True)
+    monkeypatch.setattr(hopper_backward, "_MISSING", "")
+    monkeypatch.setattr(hopper_backward.triton, "JITFunction", object)
+
+    def why(q, k=None, v=None, **call):
+        k = q[:, :, :2] if k is None else k
+        tensors = (x.as_subclass(OnHopper) for x in (q, k, k if v is None else v))
+        return hopper_backward.why_not(*tensors, replace(CALL, **call))
+
+    good = torch.zeros(2, 33, 32, 64, dtype=torch.float16)
+    assert why(good) is None
+    assert why(torch.zeros(2, 32, 33, 128, dtype=torch.bfloat16).transpose(1, 2)) is None
+    assert "float16" in why(good.float()) and "float16" in why(good, good[:, :, :2].bfloat16())
+    assert "head_dim" in why(good[..., :32]) and "head_dim" in why(good, v=good[:, :, :2, :32])
+    assert "block_size" in why(good, block_size=32) and "block_size" in why(good, block_size=128)
+    assert "empty" in why(good, good[:, :0, :2])
+    for group in (1, 2, 3, 4, 12, 128):
+        assert "group" in why(good[:, :, :1].repeat(1, 1, group, 1), good[:, :, :1])
+    for group in (8, 16, 32, 64):
+        assert why(good[:, :, :1].repeat(1, 1, group, 1), good[:, :, :1]) is None
+    long = torch.zeros(1, 1, 1, 64, dtype=torch.float16).expand(1, 2**24, 1, 64)
+    assert "float32 counts" in why(good[:1, :, :16], long)
+    assert "16 bytes" in why(torch.zeros(2, 33, 32, 65, dtype=torch.float16)[..., 1:])
+    assert "16 bytes" in why(torch.zeros(2, 33, 64, 32, dtype=torch.float16).transpose(2, 3))
+    assert "16 bytes" in why(good[:1].expand(2, -1, -1, -1))
+
+
+def test_without_gluon_the_module_still_says_so(clean_env):
+    """An older Triton: the import of Gluon fails, the import of the module does not."""
+    code = (
+        "import sys; sys.modules['triton.experimental.gluon'] = None\n"
+        "from labkit.nsa import hopper_backward as h\n"
+        "print(h.why_not(None, None, None, None), h.supports(None, None, None, None))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=clean_env,
+        cwd=os.getcwd(), timeout=120, check=True,
+    )  # fmt: skip
+    assert "no Gluon" in done.stdout and "False" in done.stdout
+
+
+# -- on a card -------------------------------------------------------------------------------------
+
+MATRIX = [
+    Case(m, n, group=group, heads=2, d=d, block=64, slots=6, pattern=pattern, dtype=dtype)
+    for m, n, group, d, pattern, dtype in (
+        (1, 1, 16, 128, "random", "bfloat16"), (63, 63, 8, 64, "messy", "float16"),
+        (65, 65, 16, 128, "messy", "bfloat16"), (130, 900, 32, 128, "messy", "float16"),
+        (500, 500, 64, 64, "random", "bfloat16"), (1000, 1000, 16, 64, "messy", "bfloat16"),
+        (1024, 1024, 8, 128, "random", "bfloat16"), (700, 700, 16, 128, "all", "float16"),
+    )
+]  # fmt: skip
+MATRIX += [
+    Case(300, group=16, d=128, block=64, slots=3, lengths=(100, 0, 1, 199), dtype="bfloat16"),
+    Case(300, group=16, d=64, block=64, slots=3, pattern="nothing", dtype="float16"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("road", ["fused", "split", None])
+@pytest.mark.parametrize("case", MATRIX, ids=str)
+def test_gradients_on_a_hopper_card(case, road):
+    q, k, v, *_ = make(case, "cuda")
+    why = hopper_backward.why_not(q, k, v, call_of(case, "cuda"))
+    if why == "not a Hopper card":
+        pytest.skip(why)
+    assert why is None
+    check_backward(case, lambda *a: hopper_backward.backward(*a, road=road), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("road", ["fused", "split"])
+def test_gradients_are_the_same_to_the_bit_each_time(road):
+    case = Case(3000, group=16, heads=2, d=128, block=64, slots=16, dtype="bfloat16")
+    q, k, v, dout, dlse, chosen = make(case, "cuda")
+    call = call_of(case, "cuda")
+    if not hopper_backward.supports(q, k, v, call):
+        pytest.skip(hopper_backward.why_not(q, k, v, call))
+    o, lse = truth(case, q, k, v, chosen, torch.float32)
+    tensors = (dout, dlse, q, k, v, o.to(q.dtype), lse, chosen, call)
+    first = hopper_backward.backward(*tensors, road=road)
+    for _ in range(20):
+        again = hopper_backward.backward(*tensors, road=road)
+        assert all(map(torch.equal, again, first))
