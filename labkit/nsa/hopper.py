@@ -1,4 +1,4 @@
-r"""Attention to chosen blocks, by hand on Hopper: one warp loads for 256 rows.
+r"""Attention to chosen blocks, by hand on Hopper: one warp loads for 192 or 256 rows.
 
 The mathematics is that of ``selection.py``.  Query i of KV head h reads the blocks
 :math:`\mathcal{B}_i`, and its G query heads share them.  With :math:`c = \text{scale}\cdot\log_2 e`
@@ -75,22 +75,16 @@ except ImportError as problem:  # Gluon came with Triton 3.4 and is still experi
 
 __all__ = ["CONFIGS", "config_for", "forward", "supports"]
 
-#: by head_dim: block_m rows in all, 64 keys, slots of the ring, groups that compute
+#: by head_dim: rows of a tile, keys of a slot, warps of a group, slots of the ring.  The first
+#: whose tile has at most 32 queries serves: ``members`` has a bit for each.
 CONFIGS = {
-    64: [
-        Config(256, 64, 4, 6, True, "four"),
-        Config(192, 64, 4, 6, True, "three"),
-        Config(128, 64, 4, 6, True, "two"),
-    ],
-    128: [
-        Config(192, 64, 4, 5, True, "three"),
-        Config(256, 32, 4, 10, True, "four"),
-        Config(128, 64, 4, 5, True, "two"),
-    ],
+    64: [Config(256, 64, 4, 6, True, "four"), Config(128, 64, 4, 6, True, "two")],
+    128: [Config(192, 64, 4, 5, True, "three"), Config(128, 64, 4, 5, True, "two")],
 }
 
-#: groups that compute, registers per thread of theirs, and of the loader.  A multiprocessor has
-#: 65,536 and hands them out to whole groups of 128 threads: 128 · (4 · 120 + 32) = 65,536.
+#: groups that compute, registers per thread of theirs, and of the loader.  All start with the same
+#: number, and what the loader gives back the groups share: with four there are 112 for each, too
+#: few for S and O of 64 rows at head_dim 128.
 _GROUPS = {"four": (4, 112, 24), "three": (3, 160, 32), "two": (2, 240, 24)}
 
 
@@ -246,8 +240,8 @@ def _attend(
         B: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
         r = gl.arange(0, 64, layout=gl.SliceLayout(1, B))
         column = gl.arange(0, D, layout=gl.SliceLayout(0, B))
-        at = (start + i + r // SHARE).to(gl.int64) * stride_m + (
-            head * SHARE + r % SHARE).to(gl.int64) * stride_h
+        at = (start + i + r // SHARE).to(gl.int64) * stride_m
+        at += (head * SHARE + r % SHARE).to(gl.int64) * stride_h
         gl.store(pointer + at[:, None] + column[None, :], q.load(B),
                  mask=(i + r // SHARE < end)[:, None])  # fmt: skip
     else:
