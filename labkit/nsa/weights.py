@@ -239,7 +239,8 @@ class Problem:
 
     def chunks(self) -> Iterator[slice]:
         """Rows, as many at a time as the scratch holds."""
-        one = self.q.shape[0] * self.group * self.k.shape[1] * self.dtype.itemsize
+        most = max(len(heads) for _, heads, _ in heads_of_groups(self))
+        one = self.q.shape[0] * most * self.k.shape[1] * self.dtype.itemsize
         step = max(1, _SCRATCH // (3 * one))
         for row in range(self.start, self.stop, step):
             yield slice(row, min(row + step, self.stop))
