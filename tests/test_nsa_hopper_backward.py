@@ -36,7 +36,8 @@ def gathered(grid, q, dout, k, v, lines, shares, order, items, split, dk, dv, lo
         which = low + near
         batch, head = divmod(which // chunks, heads)
         steps = -(-max(hi - lo, 0) // n)
-        base = hi - steps * n
+        base = hi - max(steps, 1) * n
+        assert 0 <= lo <= hi <= each and base < hi  # asked for ahead, even where nothing is to do
         masked = -(-(lo + own - base) // n)
         tiles = [torch.zeros(64, D) for _ in range(2)]
         for tile, source in zip(tiles, (k, v), strict=True):

@@ -113,6 +113,8 @@ def items_kernel(
         starts, owner, first, cu, cu_blocks, tl.minimum(x, total - 1), low, chunks, heads, pieces,
         rows, Nk, offset, size, 1, VARLEN, HALVINGS, SEQUENCES,
     )  # fmt: skip
+    exists = lo < hi  # else the numbers may point anywhere
+    lo, hi = tl.where(exists, lo, 0), tl.where(exists, hi, 0)
     e = tl.arange(0, BLOCK)
     at = (which * each + lo)[:, None] + e[None, :]
     there = e[None, :] < (hi - lo)[:, None]
@@ -491,7 +493,7 @@ def dkdv_kernel(
     own = gl.load(items + x * 4 + 3)  # queries of its block, at the beginning of the list
     split = gl.load(split)
     steps = gl.cdiv(gl.maximum(hi - lo, 0), N)
-    base = hi - steps * N  # the first step may lack rows
+    base = hi - gl.maximum(steps, 1) * N  # the first step may lack rows
     masked = gl.cdiv(lo + own - base, N)
     order = order + which.to(gl.int64) * each
     out = x.to(gl.int64) * (2 * 64 * D)
