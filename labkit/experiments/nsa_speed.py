@@ -365,7 +365,8 @@ def _warm(result: Result, plan: dict[str, Any], partial: bool) -> None:
         result.notes.append("fla-core is not installed: no row is its.")
     folder = tempfile.TemporaryDirectory()
     # what they choose while others run is not to be kept: only what they compile is
-    environment = _with_path(dict(os.environ)) | {"LABKIT_CACHE": folder.name}
+    apart = {"LABKIT_CACHE": folder.name, "FLA_CACHE_RESULTS": "0"}
+    environment = _with_path(dict(os.environ)) | apart
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "labkit.experiments._nsa_child", "warm", job, plan["dtype"]],
@@ -428,9 +429,9 @@ def _race(
     times = _in_turns(functions, plan["rep_ms"]) if functions else {}
     for name, samples in times.items():
         more = (extra or {}).get(name, {})
+        samples[:] = [round(ms, 5) for ms in samples]  # the median is that of what is stored
         row = {**labels, "name": name, **more, "median_ms": median(samples)}
-        rounded = [round(ms, 5) for ms in samples]
-        result.rows.append({**row, "samples_ms": rounded, "method": _METHOD})
+        result.rows.append({**row, "samples_ms": samples, "method": _METHOD})
     return {name: median(samples) / 1e3 for name, samples in times.items()}
 
 
