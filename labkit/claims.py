@@ -405,7 +405,7 @@ _CLAIMS = (
         "C37",
         "The gates are a softmax over the heads.",
         "refuted",
-        "The paper has a sigmoid for each branch and head.  A softmax over the heads makes heads "
+        "The paper has a sigmoid for each branch.  A softmax over the heads makes heads "
         "compete and shrinks the output with their number.",
         "12",
     ),

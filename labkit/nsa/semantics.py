@@ -29,8 +29,8 @@ nothing visible    output 0, LSE −∞, gradients 0               LSE 0, or NaN
                                                                no exponentials has
 importance         Σ over the group and over c of p · overlap  a mean over the group: the same
                    of c with the block, in units of d          order.  Raw logits: another order
-block ↔ c          true overlap of tokens                      equation 9 of the paper, whose index
-                                                               sign is a trap
+block ↔ c          true overlap of tokens                      the same as equation 9 of the paper
+                                                               when both of its indices count from 1
 always chosen      block 0, the current and the previous one:  paper: 1 initial, 2 local.  Code of
                    ``forced=(1, 2)``; counted among the n      the notes: current only, ``(0, 1)``
 too small an n     current, previous, …, then the initial      by number of the block, or of chance:

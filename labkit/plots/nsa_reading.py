@@ -91,7 +91,7 @@ def keys_by_position(ax: Axes, keys: Mapping[str, Mapping[int, int]]) -> str:
         "Keys read against the position of the query, both axes logarithmic. Dense climbs along "
         "the diagonal. Selection follows it and then stays flat, and so does the window below. "
         "Compression is a line parallel to dense, far below. Together they lie above dense near "
-        "the start, cross it, and stay almost flat."
+        "the start, cross it, stay almost flat, and climb again where compression takes over."
     )
 
 
