@@ -65,6 +65,8 @@ class NSACache:
     keys, values : ``[B, length, H, D]``, ``[B, length, H, V]``: views of what is kept.
     compressed : ``(k_cmp, v_cmp)``, ``[B, C, H, ·]``, one for each complete block.
 
+    Notes
+    -----
     Holds 2 · H · (D + V) · (1 + 1/stride) bytes a token in half precision, and room that doubles
     when it is full: what is kept is copied then, and at no other time.
     """

@@ -172,10 +172,10 @@ def unions(
 
     Returns
     -------
-    blocks : ``[B, H, tiles, cap]`` int32, ascending, the rest −1; cap = min(tile · S, blocks of
-        the longest sequence).
-    members : ``[B, H, tiles, cap]`` int32, bit i set when query tile · x + i chose the block.
-    counts : ``[B, H, tiles]`` int32.
+    tuple
+        ``blocks`` ``[B, H, tiles, cap]`` int32, ascending, the rest −1; cap = min(tile · S, blocks
+        of the longest sequence).  ``members``, of the same shape and type: bit i is set when query
+        tile · x + i chose the block.  ``counts`` ``[B, H, tiles]`` int32.
 
     Notes
     -----
@@ -281,9 +281,11 @@ def by_block(
 
     Returns
     -------
-    order : ``[B, H, M · S]`` int32, list after list; the tail of unused slots holds −1.
-    starts : ``[B, H, blocks + 1]`` int32: block c's list is ``order[starts[c]:starts[c + 1]]``.
-        With varlen block c of sequence s stands in row ``cu_blocks[s] + c``.
+    tuple
+        ``order`` ``[B, H, M · S]`` int32, list after list; the tail of unused slots holds −1.
+        ``starts`` ``[B, H, blocks + 1]`` int32: block c's list is
+        ``order[starts[c]:starts[c + 1]]``.  With varlen block c of sequence s stands in row
+        ``cu_blocks[s] + c``.
     """
     order, starts, _ = _turned(block_indices, call, n_k, block_indices.shape[1], queries=True)
     return order[:, :, 0], starts[:, :, 0]
@@ -296,9 +298,10 @@ def by_slot(
 
     Returns
     -------
-    order : ``[B, H, chunks, chunk · S]`` int32: query · S + slot, list after list, then −1.
-    starts : ``[B, H, chunks, blocks + 1]`` int32.
-    used : ``[B, H, chunks, chunk · S]`` int8: 1 where the slot of the query holds a choice that
+    tuple
+        ``order`` ``[B, H, chunks, chunk · S]`` int32: query · S + slot, list after list, then −1.
+        ``starts`` ``[B, H, chunks, blocks + 1]`` int32.  ``used``
+        ``[B, H, chunks, chunk · S]`` int8: 1 where the slot of the query holds a choice that
         counts.
     """
     return _turned(block_indices, call, n_k, chunk, queries=False)
@@ -358,9 +361,10 @@ def parts(starts: torch.Tensor, size: int, most: int) -> tuple[torch.Tensor, tor
 
     Returns
     -------
-    owner : ``[…, most // size + blocks]`` int32: the block of each part; ``blocks`` where there is
-        no such part.
-    first : ``[…, blocks + 1]`` int32: the number of a block's first part.
+    tuple
+        ``owner`` ``[…, most // size + blocks]`` int32: the block of each part; ``blocks`` where
+        there is no such part.  ``first`` ``[…, blocks + 1]`` int32: the number of a block's first
+        part.
     """
     rows = starts.shape[-1] - 1
     first = torch.zeros_like(starts)

@@ -174,7 +174,7 @@ def total_attention_weights(
 
     Parameters
     ----------
-    attn_weights : mapping
+    attn_weights : dict
         what ``nsa_func(..., return_attn_weights=True)`` returned: for each branch its ``lse``,
         and ``block_indices`` or ``window_size``; ``gating_weights``; ``options``.  Compressed
         keys that are not means stand beside their LSE as ``k_cmp``, and ``spread`` too.

@@ -55,7 +55,7 @@ def get_attention_weights_summary(
 
     Parameters
     ----------
-    attn_weights : mapping
+    attn_weights : dict
         what ``nsa_func(..., return_attn_weights=True)`` returned.
     block_size : int
         of that call, if ``attn_weights`` does not hold it.
@@ -134,7 +134,7 @@ def validate_attention_weights(
 
     Parameters
     ----------
-    attn_weights : mapping or torch.Tensor
+    attn_weights : dict or torch.Tensor
         what ``nsa_func(..., return_attn_weights=True)`` returned, or weights of one branch,
         ``[B, HQ, M, N]``.
     q, k : torch.Tensor
@@ -143,7 +143,7 @@ def validate_attention_weights(
         ``[B, N, H, V]`` and ``[B, M, HQ, V]``: the values, and the layer's output (of the branch's,
         for a tensor).
     block_size, block_counts, window_size, scale, cu_seqlens
-        as for :func:`total_attention_weights`.
+        as for :func:`labkit.nsa.weights.total_attention_weights`.
     tolerance : float
         how far a row's sum may be from 1.  By default what float32 scores of this size, summed
         in two orders, may differ by (TF32 products, if ``options`` say so).
