@@ -174,8 +174,8 @@ def nsa_reads(
         {
             "title": "What does one query read?",
             "about": f"{heads} query heads over {kv_heads} KV heads of {head_dim}, {fixed.dtype}. "
-            "Orange blocks are read by every query; blue ones it chose: here only their number "
-            "is true, and where they lie depends on the data.",
+            "Every query of this block reads the orange blocks; the blue ones it chose: here only "
+            "their number is true, and where they lie depends on the data.",
             "controls": [
                 _whole("N", "seq_len", seq_len),
                 _whole("p", "query at", position),
