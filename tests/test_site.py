@@ -134,6 +134,16 @@ def test_page_has_one_title_and_headings_in_order(page):
     assert skipped == []
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("notebooks/")])
+def test_a_chapter_has_the_number_of_its_file(page):
+    text = (HTML / f"{page}.html").read_text("utf-8")
+    number = int(Path(page).name[:2])
+    heading = re.search(r"<h1>(?:<span[^>]*>)?(\d+)\. ", text)
+    assert heading and int(heading[1]) == number
+    equations = re.findall(r'class="eqno">\((\d+)', text)
+    assert {int(first) for first in equations} <= {number}
+
+
 def test_canary_a_broken_link_is_noticed(tmp_path):
     (tmp_path / "b.html").write_text('<p id="here">', "utf-8")
     links = ("b.html", "b.html#here", "b.html#there", "c.html", "https://example.org/x", "#no")

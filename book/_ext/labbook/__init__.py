@@ -22,4 +22,4 @@ def setup(app: Sphinx) -> dict:
         part.setup(app)
     # version enters Sphinx's cache key: raise it when the doctrees would change
     safe = {"parallel_read_safe": True, "parallel_write_safe": True}
-    return {"version": "2", "env_version": 2, **safe}
+    return {"version": "3", "env_version": 3, **safe}

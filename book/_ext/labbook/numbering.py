@@ -11,7 +11,7 @@ import re
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
-from sphinx.environment.collectors.toctree import TocTreeCollector
+from sphinx_external_toc.collectors import TocTreeCollectorWithStyles as Collector
 
 _CHAPTER = re.compile(r"notebooks/(\d\d)_")
 
@@ -33,7 +33,7 @@ def renumber(env: BuildEnvironment) -> None:
 
 
 def _wrap(_app: Sphinx) -> None:
-    count = TocTreeCollector.assign_section_numbers
+    count = Collector.assign_section_numbers
     if getattr(count, "by_file", False):
         return
 
@@ -44,8 +44,8 @@ def _wrap(_app: Sphinx) -> None:
         return [page for page, now in env.toc_secnumbers.items() if before.get(page) != now]
 
     assign_section_numbers.by_file = True
-    TocTreeCollector.assign_section_numbers = assign_section_numbers
+    Collector.assign_section_numbers = assign_section_numbers
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("builder-inited", _wrap, priority=900)  # after sphinx-multitoc-numbering's own
+    app.connect("builder-inited", _wrap)
