@@ -499,6 +499,24 @@ def test_on_a_stream_of_its_own():
 # -- a memory of checked calls must not leak -------------------------------------------------------
 
 
+def test_a_number_in_a_tensor_is_read_each_time(device):
+    """A memory of checked calls knows a tensor by its address, not by what is in it."""
+    tensors, _ = problem(device, m=20)
+    scale = torch.tensor(0.1)
+    nsa_func(*tensors, **SMALL, scale=scale)
+    scale.fill_(2.0)
+    ours = nsa_func(*tensors, **SMALL, scale=scale)
+    assert torch.equal(ours, nsa_func(*tensors, **SMALL, scale=2.0))
+
+
+def test_what_a_window_of_0_gives_can_be_written_to(device):
+    q, k, v = problem(device, m=3)[0][:3]
+    o, lse = nsa_window_attention(q, k, v, window_size=0, return_lse=True)
+    o += 1
+    lse[0, 0, 0] = 0
+    assert (o == 1).all() and torch.isneginf(lse).sum() == lse.numel() - 1
+
+
 def test_one_thing_changed_is_another_call(device):
     tensors, _ = problem(device, m=18, dv=16)
     first = nsa_func(*tensors, **SMALL)

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from labkit.errors import ArgumentError, LabError
 from labkit.nsa import (
     NativeSparseAttention,
+    checks,
     nsa_compressed_attention,
     nsa_func,
     nsa_selected_attention,
@@ -212,9 +214,23 @@ def test_a_window_that_is_no_count(size, device):
     rejected("window_size", call=lambda: window(device, options={"window_size": size}))
 
 
+def test_a_window_of_0_may_be_an_int_of_numpy_or_torch(device):
+    zeros = (np.int64(0), torch.tensor(0))
+    assert all(checks.check_window(zero) == 0 for zero in zeros)
+    for wrong in (np.int64(-1), 2.0):
+        says = ("0 for none",)  # and not "at least 1"
+        rejected("window_size", *says, call=lambda w=wrong: window(device, {"window_size": w}))
+
+
 @pytest.mark.parametrize("count", [0, -1, 2.0, True, "16", None])
 def test_block_counts_that_are_no_count(count, device):
     rejected("block_counts", call=lambda: whole(device, options={"block_counts": count}))
+
+
+def test_a_count_for_each_query_belongs_to_selection(device):
+    counts = {"block_counts": torch.ones(B, T, H, dtype=torch.int32, device=device)}
+    says = (str((B, T, H)), "nsa_selected_attention")
+    rejected("block_counts", *says, call=lambda: whole(device, options=counts))
 
 
 @pytest.mark.parametrize("forced", [1, (1,), (1, 2, 3), (1.0, 2), (-1, 2), (1, 0), None, "ab"])
@@ -248,6 +264,10 @@ def test_a_pooling_that_gives_something_else(device):
         compressed(device, options=good)
     for wrong in (lambda k, v: (k, v), lambda k, v: (k[:, ::20].half(), v[:, ::20].half())):
         rejected("compress", call=lambda w=wrong: compressed(device, good | {"compress": w}))
+    pair = "a pair"
+    for wrong in (lambda k, v: k[:, ::20], lambda k, v: None, lambda k, v: (k, v, v)):
+        rejected("compress", pair, call=lambda w=wrong: compressed(device, good | {"compress": w}))
+    rejected("compress", "function", call=lambda: compressed(device, good | {"compress": 3}))
 
 
 @pytest.mark.parametrize(
@@ -378,10 +398,42 @@ def test_compressed_keys_that_do_not_fit(device):
     rejected("k_cmp.shape", call=lambda: chosen(device, k_cmp=(B, 2, H, D + 1)))
     rejected("k_cmp.shape", "divide", call=lambda: chosen(device, k_cmp=(B, 2, 3, D)))
     rejected("k_cmp.shape", "make 4", call=lambda: chosen(device, stride=8))
+    rejected("k_cmp.shape", call=lambda: chosen(device, k_cmp=(B, 0, 0, D)))
     rejected("seq_len", "39", call=lambda: chosen(device, seq_len=39))
 
 
+@pytest.mark.parametrize("width", [8, 300])
+def test_a_choice_by_a_head_dim_that_has_no_kernel(width, device):
+    shapes = {"q": (B, T, HQ, width), "k_cmp": (B, 2, H, width)}
+    rejected("q.shape", str(width), call=lambda: chosen(device, **shapes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_a_choice_by_a_dtype_that_has_no_kernel(dtype, device):
+    q, k_cmp = (torch.zeros(B, n, h, D, dtype=dtype, device=device) for n, h in ((T, HQ), (2, H)))
+    lse = torch.zeros(B, HQ, T, device=device)
+    rejected("q.dtype", call=lambda: select_blocks(q, k_cmp, lse, block_size=16))
+
+
 # -- varlen --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_compressed_keys_of_sequences_are_counted(count, device):
+    """Kernels read as many as the offsets say: fewer were read beyond the end of the tensor."""
+    cu = torch.tensor([0, 20, 40], device=device)
+    shapes = {"q": (1, T, HQ, D), "k_cmp": (1, count, H, D), "lse": (1, HQ, T)}
+    rejected("k_cmp.shape", "make 2", call=lambda: chosen(device, cu_seqlens=cu, **shapes))
+    shapes = {"q": (1, T, HQ, D), "k": (1, T, H, D), "v": (1, T, H, D)}
+    how = {"cu_seqlens": cu, "block_size": 16,
+           "compress": lambda k, v, cu: (k[:, :count], v[:, :count])}  # fmt: skip
+    rejected("compress", "(1, 2, 2, 16)", call=lambda: compressed(device, how, **shapes))
+
+
+def test_a_choice_among_sequences_takes_no_length_beside_them(device):
+    shapes = {"q": (1, T, HQ, D), "k_cmp": (1, 2, H, D), "lse": (1, HQ, T)}
+    cu = torch.tensor([0, 20, 40], device=device)
+    rejected("seq_len", call=lambda: chosen(device, cu_seqlens=cu, seq_len=80, **shapes))
 
 
 def varlen(device, cu, dtype=torch.int32, function=compressed, batch=1):
@@ -473,6 +525,10 @@ def test_what_a_layer_cannot_attend_over(device):
     cache, cu = layer.new_cache(batch=2), torch.tensor([0, 20], device=device)
     rejected("x.shape", "batch", call=lambda: layer(x[:1], cache=cache))
     rejected("cu_seqlens", "cache", call=lambda: layer(x, cu_seqlens=cu, cache=cache))
+    rejected("cu_seqlens", "cache", call=lambda: layer(x, cu_seqlens=[0, 20], cache=cache))
+    rejected("x.shape", "at least 1", call=lambda: layer(x[:, :0]))
+    rejected("x.shape", "at least 1", call=lambda: layer(x[:0], cache=cache))
+    rejected("x.shape", "list", call=lambda: layer.step([1.0], cache))
     rejected("cu_seqlens", "stops short", call=lambda: layer(x[:1], cu_seqlens=cu - cu // 20))
     other = NativeSparseAttention(64, 4, 2, device=device)
     rejected("cache", "this layer", call=lambda: other(x, cache=cache))

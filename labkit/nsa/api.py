@@ -280,7 +280,7 @@ def nsa_compressed_attention(
     block_size, stride : int
         tokens of a compressed key, and from one to the next; stride is block_size unless given.
         Any positive integers.
-    compress : callable
+    compress : collections.abc.Callable
         ``compress(k, v)``, or ``compress(k, v, cu_seqlens)``, gives compressed keys and values,
         as ``labkit.nsa.TokenCompression`` does; its ``length`` and ``stride`` take the place of
         the two above.  None takes means.
@@ -309,6 +309,11 @@ def nsa_compressed_attention(
     if compress is None:
         compressed = [pool_mean(x, length, stride, cu_seqlens=call.cu) for x in (k, v)]
     else:
+        if not callable(compress):
+            raise ArgumentError(
+                "compress", compress, "cannot be called.",
+                "Pass a function of (k, v), such as a labkit.nsa.TokenCompression.",
+            )  # fmt: skip
         compressed = compress(k, v) if call.cu is None else compress(k, v, call.cu)
         _check_made(compressed, q, v, call)
     o, lse = ops.attend_compressed(q, *compressed, call)
@@ -317,15 +322,27 @@ def nsa_compressed_attention(
 
 def _check_made(compressed, q, v, call: Call) -> None:
     """What a caller's own pooling gave: as many keys and values as there are complete blocks."""
-    for x, width, like in zip(compressed, (q.shape[3], v.shape[3]), (q, v), strict=True):
-        shape = (q.shape[0], call.compressed, v.shape[2], width)
-        fits = tuple(x.shape) == shape if call.cu is None else tuple(x.shape)[2:] == shape[2:]
-        if not fits or x.dtype != like.dtype:
+    if not isinstance(compressed, (tuple, list)) or len(compressed) != 2:
+        raise ArgumentError(
+            "compress", type(compressed).__name__, "is what it gave.",
+            "Let it return a pair, compressed keys and compressed values.",
+        )  # fmt: skip
+    count = _complete(call)
+    for x, width in zip(compressed, (q.shape[3], v.shape[3]), strict=True):
+        shape = (q.shape[0], count, v.shape[2], width)
+        tensor = isinstance(x, torch.Tensor)
+        if not tensor or tuple(x.shape) != shape or x.dtype != q.dtype or x.device != q.device:
+            value = f"{tuple(x.shape)} {x.dtype} {x.device}" if tensor else type(x).__name__
             raise ArgumentError(
-                "compress", f"{tuple(x.shape)} {x.dtype}",
+                "compress", value,
                 "is what it gave, not one compressed key or value per complete block.",
-                f"Let it return {shape} in q's dtype.",
+                f"Let it return {shape} in q's dtype, where q lies.",
             )  # fmt: skip
+
+
+def _complete(call: Call) -> int:
+    """Compressed keys of all sequences together: kernels rely on it, and read no others."""
+    return call.compressed if call.cu is None else int(call.cu_cmp[-1])
 
 
 def nsa_window_attention(
@@ -364,6 +381,8 @@ def nsa_window_attention(
     call = _call(q, k, cu_seqlens, scale=scale, precision=precision)
     _check_runs(q, k, v)
     o, lse = _attend_window(q, k, v, call, window)
+    if window == 0:  # one number, seen many times: a caller may want to write
+        o, lse = o.contiguous(), lse.contiguous()
     return (o, lse) if return_lse else o
 
 
@@ -442,7 +461,6 @@ def select_blocks(
     ArgumentError
         naming the argument that does not fit.
     """
-    checks.check_tensor("q", q, 4, "[batch, seq_len, heads, head_dim]")
     checks.check_compressed(k_cmp, q)
     checks.check_lse(lse, q)
     block_size = checks.check_block_size(block_size)
@@ -453,17 +471,22 @@ def select_blocks(
             "seq_len", n, f"is less than q's {q.shape[1]} queries.",
             "Pass the number of keys; the last query stands beside the last key.",
         )  # fmt: skip
+    if cu_seqlens is not None and n != q.shape[1]:
+        raise ArgumentError(
+            "seq_len", n, f"is not q's {q.shape[1]}, and with cu_seqlens every key has its query.",
+            "Leave it out.",
+        )  # fmt: skip
     call = _call(
         q, q, cu_seqlens, scale=scale, precision=precision, block_size=block_size, length=length,
         stride=stride, block_counts=block_counts, forced=forced, seq_len=n,
     )  # fmt: skip
-    if cu_seqlens is None and k_cmp.shape[1] != call.compressed:
+    if k_cmp.shape[1] != (count := _complete(call)):
         raise ArgumentError(
             "k_cmp.shape", tuple(k_cmp.shape),
-            f"has {k_cmp.shape[1]} compressed keys; {n} tokens make {call.compressed} of {length}, "
-            f"one every {stride}.",
-            "Pass what pool_mean(k, length, stride) gives; seq_len, if there are fewer queries "
-            "than keys.",
+            f"has {k_cmp.shape[1]} compressed keys; {n} tokens make {count} of {length}, "
+            f"one every {stride}" + ("." if cu_seqlens is None else " within their sequences."),
+            "Pass what pool_mean(k, length, stride, cu_seqlens=…) gives; seq_len, if there are "
+            "fewer queries than keys.",
         )  # fmt: skip
     _check_runs(q, k_cmp, lse)
     return ops.select(q, k_cmp, lse, call)
@@ -479,6 +502,11 @@ def _call(
     """Checked options, and where sequences, their blocks and compressed keys start."""
     length = block_size if length is None else length
     stride = length if stride is None else stride
+    if isinstance(block_counts, torch.Tensor) and block_counts.dim() > 0:
+        raise ArgumentError(
+            "block_counts.shape", tuple(block_counts.shape), "is not one number for all queries.",
+            "Pass an int; labkit.nsa.nsa_selected_attention takes a count for each query.",
+        )  # fmt: skip
     initial, local = check_forced(forced)
     how: dict[str, Any] = {
         "scale": check_scale(scale, q.shape[3]),
@@ -504,6 +532,8 @@ def _key(asked: tuple, *tensors: Any) -> tuple | None:
     time.  Offsets are read each time."""
     if tensors[-1] is not None or torch.compiler.is_compiling():
         return None
+    if any(isinstance(x, torch.Tensor) for x in asked):
+        return None  # a number in a tensor may be another one next time
     try:
         faces = tuple(None if x is None else (x.shape, x.dtype, x.device) for x in tensors[:-1])
         # 1, 1.0 and True are equal and have one hash

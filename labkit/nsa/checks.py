@@ -11,6 +11,7 @@ Taught in chapter 13 (the kernels).
 
 from __future__ import annotations
 
+import operator
 import weakref
 from itertools import pairwise
 from typing import Any
@@ -111,6 +112,14 @@ def check_heads(q: torch.Tensor, k: torch.Tensor, k_name: str = "k") -> None:
         )  # fmt: skip
 
 
+def _check_dtype(q: torch.Tensor) -> None:
+    if q.dtype not in DTYPES:
+        raise ArgumentError(
+            "q.dtype", _name(q.dtype), "cannot be used here.",
+            f"Use one of {', '.join(map(_name, DTYPES))}; float64 is labkit.nsa.naive_nsa's.",
+        )  # fmt: skip
+
+
 def check_qkv(q: Any, k: Any, v: Any) -> Sizes:
     """Check the three against each other; return their sizes.
 
@@ -121,11 +130,7 @@ def check_qkv(q: Any, k: Any, v: Any) -> Sizes:
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x, 4, _LAYOUT)
-    if q.dtype not in DTYPES:
-        raise ArgumentError(
-            "q.dtype", _name(q.dtype), "cannot be used here.",
-            f"Use one of {', '.join(map(_name, DTYPES))}; float64 is labkit.nsa.naive_nsa's.",
-        )  # fmt: skip
+    _check_dtype(q)
     for name, x in (("k", k), ("v", v)):
         _check_like_q(name, x, q)
         if x.shape[0] != q.shape[0]:
@@ -218,14 +223,17 @@ def check_lengths(length: Any, stride: Any, block_size: int) -> tuple[int, int]:
 
 def check_window(window_size: Any) -> int:
     """``window_size`` is an integer ≥ 0."""
-    if isinstance(window_size, int) and not isinstance(window_size, bool) and window_size <= 0:
-        if window_size == 0:
-            return 0
-        raise ArgumentError(
-            "window_size", window_size, "is negative.",
-            "Pass how many keys a query sees, its own included; 0 for none.",
-        )  # fmt: skip
-    return check_positive_int("window_size", window_size)
+    remedy = "Pass how many keys a query sees, its own included; 0 for none."
+    try:
+        number = operator.index(window_size)  # an int of NumPy or torch may be 0 as well
+    except TypeError:
+        number = None
+    if number is None or isinstance(window_size, bool):
+        kind = type(window_size).__name__
+        raise ArgumentError("window_size", window_size, f"is a {kind}, not an integer.", remedy)
+    if number < 0:
+        raise ArgumentError("window_size", window_size, "is negative.", remedy)
+    return number
 
 
 def check_precision(precision: str | None, dtype: torch.dtype) -> str:
@@ -408,11 +416,13 @@ def check_block_counts(counts: Any, blocks: torch.Tensor, q: torch.Tensor) -> An
 # -- tensors that come from a branch ---------------------------------------------------------------
 
 
-def check_compressed(k_cmp: Any, q: torch.Tensor, name: str = "k_cmp") -> None:
-    """Compressed keys ``[B, C, H, D]``; C may be 0."""
-    if isinstance(k_cmp, torch.Tensor) and k_cmp.dim() == 4 and k_cmp.shape[1] == 0:
-        pass  # shorter than one block
-    else:
+def check_compressed(k_cmp: Any, q: Any, name: str = "k_cmp") -> None:
+    """q ``[B, M, HQ, D]``, and compressed keys ``[B, C, H, D]``; C may be 0."""
+    check_tensor("q", q, 4, _LAYOUT)
+    _check_dtype(q)
+    _check_width("q", "head_dim", q.shape[3])
+    short = isinstance(k_cmp, torch.Tensor) and k_cmp.dim() == 4 and k_cmp.shape[1] == 0
+    if not (short and k_cmp.shape[2] > 0):  # no complete block is no mistake
         check_tensor(name, k_cmp, 4, "[batch, compressed, kv_heads, head_dim]")
     _check_like_q(name, k_cmp, q)
     if k_cmp.shape[0] != q.shape[0] or k_cmp.shape[3] != q.shape[3]:
