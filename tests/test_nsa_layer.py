@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from unittest.mock import Mock
+
 import pytest
 import torch
 
+from labkit.errors import ArgumentError
 from labkit.nsa import NativeSparseAttention, NSACache, naive_nsa_with_compression, pool_mean
 from labkit.nsa.layer import rotate
 
@@ -237,6 +241,33 @@ def test_a_step_takes_a_token_with_or_without_its_axis():
         flat, axis = module.step(x[:, i], a), module.step(x[:, i : i + 1], b)
         assert flat.shape == (1, 48) and axis.shape == (1, 1, 48)
         assert torch.equal(flat, axis[:, 0])
+
+
+def test_a_copy_of_a_cache_goes_its_own_way_with_the_same_layer():
+    module, x = layer("mean", 16, 8), tokens(40)
+    cache = module.new_cache(1, 4)
+    module(x[:, :33], cache=cache)
+    fork = deepcopy(cache)
+    other = module.step(-x[:, 33], fork)
+    assert_near(module.step(x[:, 33], cache), module(x[:, :34])[:, 33])
+    assert fork.length == cache.length == 34 and fork.keys.data_ptr() != cache.keys.data_ptr()
+    assert (other - module(x[:, :34])[:, 33]).abs().max() > 1e-3
+    both, kept = deepcopy((module, cache))
+    assert_near(both.step(x[:, 34], kept), module.step(x[:, 34], cache))
+
+
+def test_a_call_that_fails_leaves_the_cache_as_it_was(monkeypatch):
+    module, x = layer(), tokens(20)
+    cache = module.new_cache(1)
+    module(x[:, :17], cache=cache)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(module, "_by_reference", Mock(side_effect=MemoryError))
+        module.step(x[:, 17], cache)
+    assert cache.length == 17
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ArgumentError, match="new_cache"):
+        module.step(x[:, 17], cache)
+    assert cache.length == 17
+    assert_near(module.step(x[:, 17], cache), module(x[:, :18])[:, 17])
 
 
 def test_a_cache_carries_no_gradient():

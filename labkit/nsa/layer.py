@@ -23,6 +23,7 @@ Taught in chapter 13 (the kernels).
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -131,6 +132,15 @@ class NSACache:
         for to, x in zip(kept, new, strict=True):
             to[:, at:end] = x
         return kept
+
+    def __deepcopy__(self, memo: dict) -> NSACache:
+        """A cache of the same layer that goes its own way, as a beam search needs."""
+        fork = copy(self)
+        fork._layer = memo.get(id(self._layer), self._layer)
+        fork._tokens, fork._blocks = (
+            tuple(x.clone() for x in kept) for kept in (self._tokens, self._blocks)
+        )
+        return fork
 
     def __repr__(self) -> str:
         return f"NSACache(batch={self._batch}, length={self.length}, capacity={self.capacity})"
@@ -351,10 +361,15 @@ class NativeSparseAttention(nn.Module):
                 "x.shape", shape, "is not what this layer attends over.",
                 f"Pass [batch, seq_len, {self.dim}].",
             )  # fmt: skip
+        if 0 in x.shape:
+            raise ArgumentError(
+                "x.shape", tuple(x.shape), "has a size of 0.",
+                f"Pass [batch, seq_len, {self.dim}], each at least 1.",
+            )  # fmt: skip
         if cache is not None:
             if cu_seqlens is not None:
                 raise ArgumentError(
-                    "cu_seqlens", tuple(cu_seqlens.shape), "was given beside a cache.",
+                    "cu_seqlens", cu_seqlens, "was given beside a cache.",
                     "A cache holds a batch of equally long sequences; decode others by themselves.",
                 )  # fmt: skip
             with torch.no_grad():
@@ -387,8 +402,9 @@ class NativeSparseAttention(nn.Module):
 
     def step(self, x_t: torch.Tensor, cache: NSACache) -> torch.Tensor:
         """The output for one more token: x_t ``[B, dim]`` or ``[B, 1, dim]``; shaped as x_t."""
-        out = self.forward(x_t[:, None] if x_t.dim() == 2 else x_t, cache=cache)
-        return out[:, 0] if x_t.dim() == 2 else out
+        flat = isinstance(x_t, torch.Tensor) and x_t.dim() == 2
+        out = self.forward(x_t[:, None] if flat else x_t, cache=cache)
+        return out[:, 0] if flat else out
 
     def _with_cache(self, x, cache: NSACache, weights: bool):
         if not isinstance(cache, NSACache) or cache._layer is not self:
@@ -402,10 +418,21 @@ class NativeSparseAttention(nn.Module):
             )  # fmt: skip
         position = torch.arange(cache.length, cache.length + x.shape[1], device=x.device)
         q, k, v, gates = self._project(x, position)
+        if k.dtype != cache.keys.dtype or k.device != cache.keys.device:
+            raise ArgumentError(
+                "cache", f"{cache.keys.dtype} on {cache.keys.device}",
+                f"is not what this call makes: {k.dtype} on {k.device}.",
+                f"Make it where the layer is; under autocast by new_cache(…, dtype={k.dtype}).",
+            )  # fmt: skip
+        before = cache.length
         cache.append(k, v)
-        out, found = self._attend(
-            q, cache.keys, cache.values, gates, None, cache.compressed, weights
-        )
+        try:
+            out, found = self._attend(
+                q, cache.keys, cache.values, gates, None, cache.compressed, weights
+            )
+        except BaseException:
+            cache.length = before  # what had no output may be tried again
+            raise
         return self.o_proj(out.flatten(-2)), found
 
 
