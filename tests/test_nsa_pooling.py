@@ -159,6 +159,16 @@ def test_fewer_tokens_than_a_block_make_no_key_and_still_a_shape():
     assert pool_mean(tokens(9, batch=1), 16, cu_seqlens=short).shape == (1, 0, 3, 4)
 
 
+@pytest.mark.parametrize("stride", [16, 8])
+@pytest.mark.parametrize("cu", [None, (0, 3, 9)])
+def test_tokens_of_no_block_have_a_gradient_of_0_and_not_none(cu, stride):
+    """A training step on a short sequence must not look like one that forgot a tensor."""
+    x = tokens(9, batch=1).requires_grad_()
+    made = pool_mean(x, 16, stride, cu_seqlens=None if cu is None else torch.tensor(cu))
+    (gradient,) = torch.autograd.grad(made.sum(), x)
+    assert gradient.shape == x.shape and not gradient.any()
+
+
 @pytest.mark.parametrize(
     ("options", "argument"),
     [

@@ -46,7 +46,10 @@ _SANITIZER_TIMEOUT_S = 75
 _PLACES = tuple(
     f"usr/local/cuda*/{place}/compute-sanitizer" for place in ("bin", "compute-sanitizer")
 )
-_BOUND = "twice plain attention's error in the same dtype, largest and mean, against float64"
+_BOUND = (
+    "twice plain attention's error in the same dtype, largest and mean, against float64, beside "
+    "the roundings that making P again from LSE adds"
+)
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,8 @@ def token_blocks(x, length, stride, *, cu_seqlens=None):
     """The tokens of each complete block: ``[B, N, H, D]`` to ``[B, C, length, H, D]``."""
     length, stride = check_positive_int("length", length), check_positive_int("stride", stride)
     if cu_seqlens is None:
-        if x.shape[1] < length:
-            return x.new_empty(x.shape[0], 0, length, *x.shape[2:])
+        if x.shape[1] < length:  # a view all the same: x has a gradient, and it is 0
+            return x[:, :0].unflatten(1, (0, length))
         return x.unfold(1, length, stride).movedim(-1, 2)
     bounds = compressed_bounds(cu_seqlens, length, stride)
     total = int(bounds[-1])
