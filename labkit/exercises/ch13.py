@@ -50,7 +50,7 @@ def bytes_per_token(answer: Any) -> str:
             f"element you return {got:g}. "
             + _why(got, mistakes, "How many keys does a query read, and how wide is each?"),
         )
-    return "half a megabyte per token and KV head at the paper's sizes, whatever G is."
+    return "half a megabyte per token and KV head in this chapter, whatever G is."
 
 
 @exercise("How many different blocks?")

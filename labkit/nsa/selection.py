@@ -19,7 +19,7 @@ by keys (``by_keys.py``)
     a program owns a block and gathers the rows that chose it.  No row is in vain and the group
     may be 1, but every (query, choice) leaves a partial result in memory.
 by hand (``hopper.py``)
-    the union road in Gluon, sixteen queries to a program.
+    the union road in Gluon: more queries to a program, one warp that loads for all of them.
 
 The mask is one comparison per score: a row's limit is its own position inside the block, or −1 if
 its query did not choose the block.
