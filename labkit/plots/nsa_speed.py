@@ -162,9 +162,9 @@ def nsa_crossover(axes: Any, result: Any, *, pattern: str = "random") -> str:
         size_axis(ax, "y", label="", every=1)
         ax.yaxis.set_major_formatter(_factor)
         ax.axhline(1, color=t.ink, linewidth=1.2, linestyle=(0, (4, 3)), zorder=0.6)
-        ax.annotate("dense", (ax.get_xlim()[0], 1), xytext=(4, 4), fontsize=8.5,
-                    textcoords="offset points", color=t.ink)  # fmt: skip
         end_labels(ax, labels, room=0.5)
+        ax.annotate("dense", (ax.get_xlim()[1], 1), xytext=(-4, 4), fontsize=8.5, ha="right",
+                    textcoords="offset points", color=t.ink)  # fmt: skip
         ax.set_title(what)
     axes[0].set_ylabel("times faster than dense")
     return (
