@@ -14,8 +14,9 @@ k_i, v_i         S·l′ × HQ × (D + V)              one step; with autograd u
 p_i              S·l′ × HQ                        the same
 ================ ================================ ===================================
 
-``half_rate`` takes every other step, and writes its row twice.  What is freed after a step is
-needed by one step at a time, however many there are; what autograd keeps is kept once for each.
+``half_rate`` takes every other step, and writes its row twice.  A step's tensors are freed one by
+one as the next step makes its own, so there is one set and a part of another, however many steps
+there are; what autograd keeps is kept once for each.
 
 Loads torch.
 """

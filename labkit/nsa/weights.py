@@ -21,8 +21,8 @@ The guard here is against four mistakes: an LSE in the layout ``[B, M, HQ]``, wh
 shape when M = HQ; an LSE in base 2; scores that are rounded before the exponential, which turns
 an absolute error of S into a relative one of P; and unpooled keys for the compressed branch.
 
-Memory: the result, and scratch of about 64 MiB, because rows are computed in chunks.  What the
-result takes is known before anything is allocated, and a request that does not fit is refused.
+Memory: the result, and scratch of the order of 64 MiB, because rows are computed in chunks.  What
+the result takes is known before anything is allocated, and a request that does not fit is refused.
 
 Layout ``[batch, seq_len, heads, head_dim]``; the symbols are those of ``semantics.py``.
 Taught in chapter 14 (what did it look at?).
