@@ -54,6 +54,14 @@ def fakes(monkeypatch):
     return install
 
 
+def test_what_cannot_be_a_record_is_kept_beside(fakes, tmp_path):
+    fakes(broken=invalid)
+    (outcome,) = experiments.run_and_record(root=tmp_path)
+    kept = tmp_path / "broken.refused"
+    assert outcome.status == "failed" and str(kept) in outcome.why
+    assert "broken timer" in kept.read_text("utf-8")
+
+
 def stored(root):
     return {p.stem: p.read_bytes() for p in Path(root).glob("*/*")}
 

@@ -18,6 +18,7 @@ Loads neither torch nor Triton until an experiment runs.
 from __future__ import annotations
 
 import gc
+import json
 import pkgutil
 import sys
 import time
@@ -345,9 +346,12 @@ def _one(
     try:
         progress = report.start(name, get(name).TITLE)
         result = run(name, quick=quick, device=device, progress=progress)
-        record = records.new_record(
-            name, result.results, result.rows, command, notes=result.notes, quick=quick
-        )
+        try:
+            record = records.new_record(
+                name, result.results, result.rows, command, notes=result.notes, quick=quick
+            )
+        except RecordError as error:
+            raise RecordError(f"{error}{_keep(name, result, folder)}") from error
         why = ""
         if folder is not None and quick and records.has_full(name, record.slug, root=folder):
             why = "the full record is kept"
@@ -363,6 +367,23 @@ def _one(
         return Outcome(name, "failed", time.perf_counter() - start, error=error, why=why)
     seconds = time.perf_counter() - start
     return Outcome(name, "recorded" if path else "measured", seconds, path, why=why)
+
+
+def _keep(name: str, result: Result, folder: Path | None) -> str:
+    """Save what was measured but cannot be a record: the minutes on a GPU are spent.
+
+    Returns what to add to the message.
+    """
+    if folder is None:
+        return ""
+    path = folder / f"{name}.refused"
+    measured = {"results": result.results, "rows": result.rows, "notes": result.notes}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(measured, default=str, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        return f" What was measured could not be kept: {error}."
+    return f" What was measured is in {path}."
 
 
 # -- notebooks -------------------------------------------------------------------
