@@ -55,6 +55,11 @@ CASES = [pytest.param(*case, id=f"{case[0]}-{i}") for i, case in enumerate(store
 #: those that a size moves, and those that step
 STEPPED = [case for case in CASES if "tile_stepper" in case.values[1]]
 SIZED = [case for case in CASES if case not in STEPPED]
+#: each explorer in one theme, in turns: what moves it is the same code in both
+THEMED = [
+    pytest.param(*case.values, theme, id=f"{case.id}-{theme}")
+    for case, theme in zip(SIZED, ["light", "dark"] * len(SIZED), strict=False)
+]
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +90,7 @@ def test_chapter_holds_its_explorer(number):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("notebook, source, key", SIZED)
+@pytest.mark.parametrize("notebook, source, key, theme", THEMED)
 def test_explorer_in_its_page_moves_by_keyboard_and_mouse(
     notebook, source, key, theme, html, open_page
 ):
