@@ -19,9 +19,10 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _SUBMODULES = frozenset({
-    "claims", "closed_form", "doctor", "dtypes", "errors", "exercises", "experiments",
-    "explorers", "flash", "hardware", "io", "kernels", "memory", "naive", "nsa", "online_softmax",
-    "plots", "records", "roofline", "shapes", "timing", "units", "widgets",
+    "claims", "closed_form", "dispatch", "doctor", "dtypes", "errors", "exercises", "experiments",
+    "explorers", "flash", "hardware", "io", "kernels", "layers", "memory", "naive", "nsa",
+    "online_softmax", "patterns", "plots", "records", "roofline", "shapes", "timing", "units",
+    "widgets",
 })  # fmt: skip
 
 __all__ = ["__version__", *sorted(_SUBMODULES)]

@@ -52,8 +52,9 @@ LAYERS = (
     {"naive", "online_softmax"},
     {"kernels"},
     {"io", "flash"},
-    {"nsa"},
-    {"timing", "records", "experiments"},
+    {"nsa", "patterns"},
+    {"layers"},
+    {"timing", "records", "dispatch", "experiments"},
     {"plots", "explorers", "widgets"},
     {"claims", "exercises", "doctor", "__main__"},
 )
