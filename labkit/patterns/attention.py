@@ -1,0 +1,262 @@
+"""One function, five ways to compute it: the same result, different bytes.
+
+=============  ====================================================================================
+``naive``      S and P written, the pattern as a matrix.
+``sdpa``       torch's ``scaled_dot_product_attention`` with the pattern as a matrix.
+``blocks``     plain PyTorch over blocks that are not empty: runs everywhere, no kernel of its own.
+``flex``       FlexAttention: a kernel that leaves empty blocks out.
+``window``     ``labkit.flash.flash_attention`` with a window; for ``Local``.
+=============  ====================================================================================
+
+A matrix or a list of blocks is made when a size is first seen, and kept: ``clear_masks`` lets go
+of them.  Rows that see no key give 0 and have no gradient, in every way.
+
+Taught in chapter 11 (a mask saves nothing).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from labkit.errors import ArgumentError, check_choice, check_positive_int
+from labkit.patterns import masks
+from labkit.patterns.definitions import Local, Pattern
+from labkit.patterns.definitions import pattern as find_pattern
+from labkit.shapes import check_qkv, check_scale
+
+__all__ = ["HOWS", "clear_masks", "pattern_attention"]
+
+#: the ways, and what each does
+HOWS = {
+    "naive": "S and P written, the pattern as a matrix",
+    "sdpa": "torch's scaled_dot_product_attention, the pattern as a matrix",
+    "blocks": "plain PyTorch over the blocks that are not empty",
+    "flex": "FlexAttention: a kernel that leaves out empty blocks",
+    "window": "labkit.flash with a window (Local only)",
+}
+
+
+def pattern_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern | str,
+    *,
+    how: str = "sdpa",
+    causal: bool = False,
+    scale: float | None = None,
+    block: int = 128,
+) -> torch.Tensor:
+    """Attention in which each query sees the keys that the pattern allows.
+
+    Parameters
+    ----------
+    q : torch.Tensor
+        ``[batch, heads, seq_len_q, head_dim]``.
+    k, v : torch.Tensor
+        ``[batch, kv_heads, seq_len_k, head_dim]`` and ``[…, head_dim_v]``; ``kv_heads`` divides
+        ``heads``.
+    pattern : Pattern or str
+        of ``labkit.patterns``, or the name of one with its default parameters.
+    how : str
+        one of :data:`HOWS`; changes what is computed and stored on the way, not the result.
+    causal : bool
+        hide also the keys ahead: query t sees key j when j ≤ t + Nk − Nq.
+    scale : float
+        multiplies QKᵀ; default 1/√head_dim.
+    block : int
+        tokens of a block, of ``"blocks"`` and ``"flex"``.
+
+    Returns
+    -------
+    torch.Tensor
+        O ``[batch, heads, seq_len_q, head_dim_v]``.  A row that sees no key is 0.
+
+    Raises
+    ------
+    ArgumentError
+        if the tensors do not go together, the pattern or way is not known, or the way cannot
+        compute this here; the message says what can.
+    MissingDependencyError, NoGpuError
+        if ``"window"`` can run nowhere here.
+    """
+    sizes = check_qkv(q, k, v)
+    which = find_pattern(pattern)
+    check_choice("how", how, HOWS)
+    scale = check_scale(scale, sizes.head_dim)
+    block = check_positive_int("block", block)
+    if how == "window":
+        return _window(q, k, v, which, causal, scale)
+    if how == "flex":
+        _check_flex(q, k, v, sizes)
+    size = (sizes.seq_len_q, sizes.seq_len_k, bool(causal))
+    run = {"naive": _naive, "sdpa": _sdpa, "blocks": _blocks, "flex": _flex}[how]
+    kind = "matrix" if how in ("naive", "sdpa") else how
+    return run(q, k, v, _made(kind, which, size, q, block), sizes, scale)
+
+
+# -- the ways ----------------------------------------------------------------------------------
+
+
+def _naive(q, k, v, made, sizes, scale: float) -> torch.Tensor:
+    mask, empty = made
+    S = (_group(q, sizes) @ k.transpose(-2, -1)).view(*q.shape[:3], k.shape[2]) * scale
+    S = S.masked_fill(~mask if empty is None else ~(mask | empty), float("-inf"))
+    P = torch.softmax(S, dim=-1)
+    del S
+    O = (_group(P, sizes) @ v).view(*q.shape[:3], v.shape[3])  # noqa: E741
+    return O if empty is None else O.masked_fill(empty, 0.0)
+
+
+def _sdpa(q, k, v, made, sizes, scale: float) -> torch.Tensor:
+    mask, empty = made
+    grouped = {"enable_gqa": True} if sizes.group > 1 else {}
+    # A row of −∞ has no softmax, and torch's kernels differ in what they make of it.
+    mask = mask if empty is None else mask | empty
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, **grouped
+    )
+    return out if empty is None else out.masked_fill(empty, 0.0)
+
+
+def _blocks(q, k, v, made, sizes, scale: float) -> torch.Tensor:
+    """One row of blocks after another: gather the keys of its blocks, and attend to them."""
+    lines = []
+    for start, stop, keys, mask, empty in made:
+        rows = q[:, :, start:stop]
+        if not len(keys):
+            nothing = rows.new_zeros(*rows.shape[:3], v.shape[3])
+            lines.append(nothing.where(nothing == 0, rows[..., :1]))  # 0, and a gradient of 0
+            continue
+        queries = rows.shape[2]
+        grouped = rows.reshape(sizes.batch, sizes.kv_heads, sizes.group * queries, sizes.head_dim)
+        S = grouped @ k[:, :, keys].transpose(-2, -1) * scale
+        if mask is not None:
+            seen = mask if empty is None else mask | empty
+            S = S.masked_fill(~seen.repeat(sizes.group, 1), float("-inf"))
+        out = torch.softmax(S, dim=-1) @ v[:, :, keys]
+        out = out.view(sizes.batch, sizes.heads, queries, sizes.head_dim_v)
+        lines.append(out if empty is None else out.masked_fill(empty, 0.0))
+    return torch.cat(lines, dim=2)
+
+
+def _flex(q, k, v, made, sizes, scale: float) -> torch.Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    options = {"block_mask": made, "scale": scale, "enable_gqa": sizes.group > 1}
+    if torch.compiler.is_compiling():
+        return flex_attention(q, k, v, **options)  # becomes part of the caller's graph
+    # Each predicate is a program of its own to the compiler, which by default gives up after
+    # eight and then runs the unfused form.
+    with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
+        if q.is_cuda:
+            return _compiled_flex()(q, k, v, **options)
+        with warnings.catch_warnings():
+            # On a CPU the unfused form is what we want: it says what the kernel would give.
+            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+            return flex_attention(q, k, v, **options)
+
+
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _window(q, k, v, which: Pattern, causal: bool, scale: float) -> torch.Tensor:
+    if not isinstance(which, Local):
+        raise ArgumentError(
+            "how", "window", f"computes a local window, and the pattern is {which!r}.",
+            'Use how="flex", or "blocks".',
+        )  # fmt: skip
+    from labkit.flash import flash_attention
+
+    return flash_attention(q, k, v, causal=causal, scale=scale, window=which.window)
+
+
+def _check_flex(q, k, v, sizes) -> None:
+    records_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if q.device.type == "cpu" and records_grad:
+        raise ArgumentError(
+            "how", "flex", "has no backward pass on a CPU.",
+            'Use how="blocks", which leaves out the same blocks, or torch.no_grad().',
+        )  # fmt: skip
+    if q.is_cuda and min(sizes.head_dim, sizes.head_dim_v) < 16:
+        raise ArgumentError(
+            "q.shape[-1]", sizes.head_dim, "is a head_dim below 16, which FlexAttention's kernel "
+            "does not take.", 'Pad the heads with zeros, or use how="blocks".',
+        )  # fmt: skip
+
+
+def _group(x: torch.Tensor, sizes) -> torch.Tensor:
+    """``[B, H, N, …]`` → ``[B, Hkv, group · N, …]``: K and V need no copies."""
+    if sizes.group == 1:
+        return x
+    return x.reshape(sizes.batch, sizes.kv_heads, sizes.group * x.shape[2], x.shape[3])
+
+
+# -- what is made once for each size -------------------------------------------------------------
+
+_KEPT = 8
+_made_before: OrderedDict[tuple, Any] = OrderedDict()
+
+
+def clear_masks() -> None:
+    """Let go of the matrices and lists of blocks that earlier calls have made."""
+    _made_before.clear()
+
+
+def _made(kind: str, which: Pattern, size: tuple[int, int, bool], q: torch.Tensor, block: int):
+    if torch.compiler.is_compiling() or type(q) not in (torch.Tensor, torch.nn.Parameter):
+        return _make(kind, which, size, q.device, block)  # of fake tensors nothing may be kept
+    key = (kind, which, size, str(q.device), block if kind != "matrix" else None)
+    if key not in _made_before:
+        # outside inference mode too a later backward pass has to be able to save it
+        with torch.inference_mode(False), torch.no_grad():
+            _made_before[key] = _make(kind, which, size, q.device, block)
+        while len(_made_before) > _KEPT:
+            _made_before.popitem(last=False)
+    _made_before.move_to_end(key)
+    return _made_before[key]
+
+
+def _make(kind: str, which: Pattern, size: tuple[int, int, bool], device: Any, block: int):
+    n_q, n_k, causal = size
+    if kind == "flex":
+        return masks.block_mask(which, n_q, n_k, causal=causal, device=device, block=block)
+    if kind == "blocks":
+        return _lines(which, n_q, n_k, causal, device, block)
+    mask = masks.dense_mask(which, n_q, n_k, causal=causal, device=device)
+    return mask, _empty_rows(mask, which.sees_own and n_q <= n_k)
+
+
+def _empty_rows(mask: torch.Tensor, none: bool) -> torch.Tensor | None:
+    """``[rows, 1]``: which rows see no key; None if there are none, or known to be none."""
+    if none:
+        return None
+    empty = ~mask.any(dim=-1, keepdim=True)
+    real = type(mask) is torch.Tensor and not torch.compiler.is_compiling()
+    return None if real and not bool(empty.any()) else empty
+
+
+def _lines(which: Pattern, n_q: int, n_k: int, causal: bool, device: Any, block: int) -> list:
+    """Of each row of blocks: first query, last, its keys, what is seen of them or None for all."""
+    states = masks.blocks(which, n_q, block, causal=causal, seq_len_k=n_k, device=device).tolist()
+    see, lines = masks.visible(which, n_q, n_k, causal, device), []
+    for line, row in enumerate(states):
+        start, stop = line * block, min((line + 1) * block, n_q)
+        columns = [c for c, state in enumerate(row) if state != masks.EMPTY]
+        spans = [torch.arange(c * block, min((c + 1) * block, n_k)) for c in columns]
+        keys = (torch.cat(spans) if spans else torch.arange(0)).to(device)
+        mask = empty = None
+        if any(row[c] == masks.PARTIAL for c in columns):
+            mask = see(torch.arange(start, stop, device=device)[:, None], keys[None, :])
+            empty = _empty_rows(mask, which.sees_own and n_q <= n_k)
+        lines.append((start, stop, keys, mask, empty))
+    return lines

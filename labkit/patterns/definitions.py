@@ -1,0 +1,437 @@
+r"""The patterns: which query sees which key, as arithmetic on their positions.
+
+A pattern is a predicate.  ``allowed(i, j)`` says whether the query at position i sees the key at
+position j, for numbers and for tensors of positions.  Nothing else of it is stored, so the same
+predicate fills a matrix, sorts blocks, and runs inside a kernel:
+
+.. math::
+    \text{Local}(W) &: |i - j| < W \\
+    \text{Strided}(s, W) &: |i - j| < W \;\text{ or }\; s \mid i - j \\
+    \text{Random}(r) &: j = i \;\text{ or }\; j \text{ is one of } r \text{ draws of } i \\
+    \text{Clustered}(c) &: \text{cluster}(i) = \text{cluster}(j) \\
+    \text{Hierarchical}(W, L) &: |i - j| < W \;\text{ or }\;
+        2^{l-1} W \le |i - j| < 2^l W,\; 2^l \mid j,\; 1 \le l \le L
+
+Whether the future is hidden as well (``causal``) is asked where a pattern is used.  Query number
+t of Nq stands at position t + Nk − Nq: the last query stands beside the last key.  Each pattern
+lets a query see the key at its own position.
+
+The strided pattern is the Sparse Transformer's (Child et al. 2019), random keys beside a query's
+own are BigBird's (Zaheer et al. 2020), attention within clusters is the Routing Transformer's
+(Roy et al. 2021), and keys that get fewer with the distance are the LogSparse Transformer's
+(Li et al. 2019).
+
+The draws come from a hash of the positions, in 32-bit integers that do not overflow: a predicate
+that a kernel evaluates can hold no state, and has to give the same everywhere.
+
+Loads torch only for an explicit assignment to clusters.  Taught in chapter 11 (a mask saves
+nothing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, ClassVar
+
+from labkit.errors import ArgumentError, check_choice, check_positive_int
+
+__all__ = [
+    "PATTERNS",
+    "Blocked",
+    "Clustered",
+    "Hierarchical",
+    "Local",
+    "Pattern",
+    "Random",
+    "Strided",
+    "pattern",
+]
+
+# A prime below 2^15 with remainder 2 by 3: then x → x³ permutes the numbers below it, and no
+# product of two of them leaves 31 bits.
+_PRIME = 32717
+
+
+def _mix(x: Any) -> Any:
+    """A permutation of 0 … _PRIME − 1 that is not linear."""
+    return x * x % _PRIME * x % _PRIME
+
+
+def _hash(i: Any, j: Any, seed: int) -> Any:
+    """Below 2^30, from two positions ≥ 0 and a seed: two mixes of the pair, side by side."""
+    a, b = seed % _PRIME, (seed // _PRIME) % _PRIME
+    # i // _PRIME: so that the draws do not repeat themselves after _PRIME positions
+    x = _mix((i % _PRIME * 25717 + (i // _PRIME) * 8123 + a + 1) % _PRIME)
+    high = _mix((x + j % _PRIME * 12553 + b) % _PRIME)
+    low = _mix((x * 31 + j % _PRIME * 7919 + (j // _PRIME) * 101 + a + 17) % _PRIME)
+    return high * _PRIME + low
+
+
+class Pattern:
+    """Base of all patterns; one of your own defines ``allowed``.
+
+    Attributes
+    ----------
+    name : what ``labkit.patterns.pattern`` and error messages call it.
+    sees_own : whether every query is known to see the key at its own position.
+    """
+
+    name: ClassVar[str] = "pattern"
+    sees_own: ClassVar[bool] = False
+
+    def allowed(self, i: Any, j: Any, keys: int | None = None) -> Any:
+        """Whether the query at position i sees the key at position j.
+
+        Parameters
+        ----------
+        i, j : int or torch.Tensor
+            positions, broadcast against each other.  Use arithmetic, comparisons and ``&``, ``|``
+            only: FlexAttention compiles this into its kernel.
+        keys : int
+            how many keys there are; ``Random`` and ``Clustered`` need to know.
+
+        Returns
+        -------
+        bool or torch.Tensor
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define allowed(i, j, keys)")
+
+    def predicate(self, keys: int, device: Any = None) -> Callable[[Any, Any], Any]:
+        """``allowed`` for so many keys, as a function of i and j with its tables on ``device``."""
+        return lambda i, j: self.allowed(i, j, keys)
+
+    def in_blocks(self, block: int) -> Blocked:
+        """The same pattern drawn on a grid of ``block`` × ``block`` squares; see ``Blocked``."""
+        return Blocked(self, block)
+
+    def order(self, seq_len: int) -> Any:
+        """An order of the tokens that brings together what sees each other, or None."""
+        return None
+
+    # -- what it looks like, and what it costs ---------------------------------------------------
+
+    def dense_mask(
+        self, seq_len_q: int, seq_len_k: int | None = None, causal: bool = False, device: Any = None
+    ) -> Any:
+        """The pattern as a matrix, ``[seq_len_q, seq_len_k]`` bool: True where a key is seen.
+
+        This is the polarity of ``scaled_dot_product_attention``.  It takes one byte per score.
+        """
+        from labkit.patterns.masks import dense_mask
+
+        return dense_mask(self, seq_len_q, seq_len_k, causal=causal, device=device)
+
+    def blocks(
+        self,
+        seq_len_q: int,
+        block: int = 128,
+        causal: bool = False,
+        *,
+        seq_len_k: int | None = None,
+        device: Any = None,
+    ) -> Any:
+        """Each square of ``block`` × ``block`` scores: 0 empty, 1 partial, 2 full.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[⌈Nq/block⌉, ⌈Nk/block⌉]`` int8.  At the edges those scores count that exist.
+        """
+        from labkit.patterns.masks import blocks
+
+        return blocks(self, seq_len_q, block, causal=causal, seq_len_k=seq_len_k, device=device)
+
+    def block_mask(
+        self,
+        seq_len_q: int,
+        seq_len_k: int | None = None,
+        causal: bool = False,
+        device: Any = None,
+        block: int = 128,
+    ) -> Any:
+        """FlexAttention's ``BlockMask`` of this pattern."""
+        from labkit.patterns.masks import block_mask
+
+        return block_mask(self, seq_len_q, seq_len_k, causal=causal, device=device, block=block)
+
+    def statistics(self, seq_len: int, **options: Any) -> Any:
+        """Density, FLOPs and bytes: ``labkit.patterns.costs.statistics``."""
+        from labkit.patterns.costs import statistics
+
+        return statistics(self, seq_len, **options)
+
+
+@dataclass(frozen=True)
+class Local(Pattern):
+    """Keys nearer than ``window``: causal, the last ``window`` keys, the own one included.
+
+    The same as ``window`` of ``labkit.flash.flash_attention``.
+    """
+
+    window: int = 256
+    name: ClassVar[str] = "local"
+    sees_own: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _set(self, window=check_positive_int("window", self.window))
+
+    def allowed(self, i, j, keys=None):
+        return abs(i - j) < self.window
+
+
+@dataclass(frozen=True)
+class Strided(Pattern):
+    """Every ``stride``-th key, counted from the query, and the keys nearer than ``window``."""
+
+    stride: int = 64
+    window: int = 1
+    name: ClassVar[str] = "strided"
+    sees_own: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _set(self, stride=check_positive_int("stride", self.stride))
+        _set(self, window=check_positive_int("window", self.window))
+
+    def allowed(self, i, j, keys=None):
+        strided = (i - j) % self.stride == 0
+        return strided if self.window == 1 else strided | (abs(i - j) < self.window)
+
+    def order(self, seq_len):
+        """Tokens of one remainder together: without a window they see each other only."""
+        if self.window > 1:
+            return None
+        return tuple(t for first in range(self.stride) for t in range(first, seq_len, self.stride))
+
+
+@dataclass(frozen=True)
+class Random(Pattern):
+    """``per_row`` keys at random for each query, and its own.
+
+    The keys are cut into ``per_row`` stretches of equal length, and each query draws one key of
+    each: so the draws are all different, and every key is as likely as another.  They are drawn
+    from all keys; ``causal`` then hides those that lie ahead, and an early query is left with
+    few.  All heads draw the same.
+    """
+
+    per_row: int = 64
+    seed: int = 0
+    name: ClassVar[str] = "random"
+    sees_own: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _set(self, per_row=check_positive_int("per_row", self.per_row))
+        _set(self, seed=_check_seed(self.seed))
+
+    def allowed(self, i, j, keys=None):
+        keys = _check_keys(keys, self)
+        draws = min(self.per_row, keys)
+        if keys * draws >= 2**31:
+            raise ArgumentError(
+                "per_row", self.per_row, f"times {keys} keys leaves 32 bits.",
+                "Use fewer draws, or a grid of blocks: Random(…).in_blocks(128).",
+            )  # fmt: skip
+        stretch = j * draws // keys
+        first = (stretch * keys + draws - 1) // draws
+        length = (stretch * keys + keys + draws - 1) // draws - first
+        # A query before the first key has a negative position; what it draws is of no account.
+        drawn = first + _hash(abs(i), stretch, self.seed) % length
+        return (j == drawn) | (j == i)
+
+
+@dataclass(frozen=True)
+class Clustered(Pattern):
+    """Keys of the query's own cluster.
+
+    Parameters
+    ----------
+    clusters : how many; tokens are then assigned at random, by ``seed``.
+    assignment : or the cluster of each token, a list or tensor of integers, one per key.  The
+        clusters of a model come from its content, for example as the nearest of some centres.
+    """
+
+    clusters: int = 16
+    assignment: tuple[int, ...] | None = None
+    seed: int = 0
+    name: ClassVar[str] = "clustered"
+    sees_own: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _set(self, clusters=check_positive_int("clusters", self.clusters))
+        _set(self, seed=_check_seed(self.seed))
+        if self.assignment is not None:
+            given = getattr(self.assignment, "tolist", lambda: self.assignment)()
+            chosen = tuple(given)
+            if not chosen or not all(
+                isinstance(c, int) and not isinstance(c, bool) for c in chosen
+            ):
+                raise ArgumentError(
+                    "assignment", _short(chosen), "is not a list of clusters.",
+                    "Pass one integer for each key.",
+                )  # fmt: skip
+            _set(self, assignment=chosen, clusters=len(set(chosen)))
+
+    def predicate(self, keys, device=None):
+        if self.assignment is None:
+            return lambda i, j: self.allowed(i, j, keys)
+        self._check_length(keys)
+        table = _table(self.assignment, str(device or "cpu"))
+        # Negative positions stand before the first key: they are nobody's.
+        return lambda i, j: (table[i.clamp(0, keys - 1)] == table[j.clamp(0, keys - 1)]) & (i >= 0)
+
+    def allowed(self, i, j, keys=None):
+        keys = _check_keys(keys, self)
+        if self.assignment is None:
+            clusters = [_hash(abs(x), 0, self.seed) % self.clusters for x in (i, j)]
+            return (clusters[0] == clusters[1]) & (i >= 0)
+        import torch
+
+        tensors = [x for x in (i, j) if isinstance(x, torch.Tensor)]
+        device = tensors[0].device if tensors else "cpu"
+        i, j = (torch.as_tensor(x, device=device) for x in (i, j))
+        answer = self.predicate(keys, device)(i, j)
+        return answer if tensors else bool(answer)
+
+    def order(self, seq_len):
+        """Tokens of one cluster together, in their order."""
+        if self.assignment is not None:
+            self._check_length(seq_len)
+            cluster = self.assignment.__getitem__
+        else:
+
+            def cluster(t):
+                return _hash(t, 0, self.seed) % self.clusters
+
+        return tuple(sorted(range(seq_len), key=cluster))
+
+    def _check_length(self, keys: int) -> None:
+        if len(self.assignment) != keys:
+            raise ArgumentError(
+                "assignment", _short(self.assignment),
+                f"assigns {len(self.assignment)} tokens, and there are {keys} keys.",
+                "Pass one cluster for each key.",
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Hierarchical(Pattern):
+    """All keys near by, and fewer the further away: each level doubles reach and spacing.
+
+    Level l = 1 … ``levels`` holds the distances from 2^(l−1) · ``window`` to 2^l · ``window``, and
+    of them the keys whose position 2^l divides.  Each level adds window / 2 keys to a row (on
+    either side), so a row's keys grow with the logarithm of how far it sees.
+    """
+
+    window: int = 64
+    levels: int = 4
+    name: ClassVar[str] = "hierarchical"
+    sees_own: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _set(self, window=check_positive_int("window", self.window))
+        _set(self, levels=check_positive_int("levels", self.levels))
+        if self.window << self.levels >= 2**31:
+            raise ArgumentError(
+                "levels", self.levels, f"of a window of {self.window} reach beyond 32 bits.",
+                "Use fewer levels: each doubles the reach.",
+            )  # fmt: skip
+
+    def allowed(self, i, j, keys=None):
+        distance = abs(i - j)
+        seen = distance < self.window
+        for level in range(1, self.levels + 1):
+            near, far = self.window << (level - 1), self.window << level
+            seen = seen | ((distance >= near) & (distance < far) & (j % (1 << level) == 0))
+        return seen
+
+
+@dataclass(frozen=True)
+class Blocked(Pattern):
+    """A pattern whose positions are blocks of tokens: what hardware can leave out.
+
+    ``Blocked(Random(4), 128)`` draws four blocks of 128 keys for each block of 128 queries; the
+    numbers of the inner pattern (window, stride, draws) count blocks.  A block is seen whole or
+    not at all, but for the future that ``causal`` hides.
+    """
+
+    inner: Pattern
+    block: int = 128
+    name: ClassVar[str] = "blocked"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Pattern):
+            raise ArgumentError(
+                "inner", self.inner, "is not a pattern.", "Pass an object such as Random(4)."
+            )
+        _set(self, block=check_positive_int("block", self.block))
+
+    @property
+    def sees_own(self) -> bool:
+        return self.inner.sees_own
+
+    def allowed(self, i, j, keys=None):
+        keys = None if keys is None else -(-keys // self.block)
+        return self.inner.allowed(i // self.block, j // self.block, keys)
+
+    def predicate(self, keys, device=None):
+        inner = self.inner.predicate(-(-keys // self.block), device)
+        return lambda i, j: inner(i // self.block, j // self.block)
+
+
+#: name → class, with defaults for every parameter
+PATTERNS: dict[str, type[Pattern]] = {
+    cls.name: cls for cls in (Local, Strided, Random, Clustered, Hierarchical)
+}
+
+
+def pattern(which: Pattern | str) -> Pattern:
+    """The pattern of that name with its default parameters; a pattern is returned as it is.
+
+    Raises
+    ------
+    ArgumentError
+        if it is neither; the message lists the known names.
+    """
+    if isinstance(which, Pattern):
+        return which
+    if not isinstance(which, str):
+        raise ArgumentError(
+            "pattern", which, f"is a {type(which).__name__}.",
+            f"Pass a pattern such as labkit.patterns.Local(256), or a name: {', '.join(PATTERNS)}.",
+        )  # fmt: skip
+    return PATTERNS[check_choice("pattern", which, PATTERNS)]()
+
+
+# -- checks ------------------------------------------------------------------------------------
+
+
+def _set(self: Any, **values: Any) -> None:
+    known = {f.name for f in fields(self)}
+    for name, value in values.items():
+        assert name in known
+        object.__setattr__(self, name, value)
+
+
+def _check_seed(seed: Any) -> int:
+    return 0 if seed == 0 and not isinstance(seed, bool) else check_positive_int("seed", seed)
+
+
+def _check_keys(keys: int | None, which: Pattern) -> int:
+    if keys is None:
+        raise ArgumentError(
+            "keys", None, f"is needed: {which.name} depends on how many keys there are.",
+            "Call allowed(i, j, keys).",
+        )  # fmt: skip
+    return check_positive_int("keys", keys)
+
+
+def _short(values: tuple) -> str:
+    return str(values) if len(values) <= 8 else f"({', '.join(map(str, values[:8]))}, …)"
+
+
+@lru_cache(maxsize=32)
+def _table(assignment: tuple[int, ...], device: str) -> Any:
+    import torch
+
+    return torch.tensor(assignment, dtype=torch.int32, device=device)

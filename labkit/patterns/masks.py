@@ -1,0 +1,166 @@
+"""A pattern as a matrix, as blocks, and as FlexAttention's BlockMask.
+
+A matrix costs a byte per score, and building it in one go would cost several times that in
+integers.  So the predicate is asked for one row of blocks after another: blocks are counted, and
+a BlockMask is made, without the matrix ever being there.
+
+Taught in chapter 11 (a mask saves nothing).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from labkit.errors import ArgumentError, check_positive_int
+from labkit.patterns.definitions import Pattern
+
+__all__ = ["EMPTY", "FULL", "PARTIAL", "block_mask", "block_mask_bytes", "blocks", "dense_mask"]
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+#: scores whose predicate is evaluated at once
+_AT_ONCE = 2**22
+
+
+def visible(
+    which: Pattern, seq_len_q: int, seq_len_k: int, causal: bool, device: Any
+) -> Callable[[Any, Any], Any]:
+    """A function of query number and key number: pattern and causality together."""
+    seen, offset = which.predicate(seq_len_k, device), seq_len_k - seq_len_q
+
+    def see(t, j):
+        i = t + offset
+        return seen(i, j) & (j <= i) if causal else seen(i, j)
+
+    return see
+
+
+def dense_mask(
+    which: Pattern,
+    seq_len_q: int,
+    seq_len_k: int | None = None,
+    *,
+    causal: bool = False,
+    device: Any = None,
+) -> torch.Tensor:
+    """``[seq_len_q, seq_len_k]`` bool, True where a key is seen."""
+    n_q, n_k = _lengths(seq_len_q, seq_len_k)
+    rows = n_q if torch.compiler.is_compiling() else max(1, _AT_ONCE // n_k)
+    parts = [part for _, part in _rows(which, n_q, n_k, rows, causal, device)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def blocks(
+    which: Pattern,
+    seq_len_q: int,
+    block: int = 128,
+    *,
+    causal: bool = False,
+    seq_len_k: int | None = None,
+    device: Any = None,
+) -> torch.Tensor:
+    """``[⌈Nq/block⌉, ⌈Nk/block⌉]`` int8: 0 empty, 1 partial, 2 full."""
+    n_q, n_k = _lengths(seq_len_q, seq_len_k)
+    seen, there = counts(which, n_q, n_k, block, causal, device)
+    return ((seen > 0).to(torch.int8) + (seen == there).to(torch.int8)).cpu()
+
+
+def counts(
+    which: Pattern, n_q: int, n_k: int, block: int, causal: bool, device: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores seen in each block, and scores there: two ``[rows, columns]`` int64."""
+    block = check_positive_int("block", block)
+    lines, columns = math.ceil(n_q / block), math.ceil(n_k / block)
+    seen = torch.zeros(lines, columns, dtype=torch.int64, device=device)
+    lines_at_once = max(1, _AT_ONCE // (block * n_k))
+    for start, part in _rows(which, n_q, n_k, lines_at_once * block, causal, device):
+        # to whole blocks, with scores that nobody sees
+        beyond = (0, columns * block - n_k, 0, -part.shape[0] % block)
+        part = torch.nn.functional.pad(part, beyond)
+        found = part.view(-1, block, columns, block).sum((1, 3), dtype=torch.int64)
+        seen[start // block : start // block + len(found)] = found
+    high = torch.tensor([min(block, n_q - r * block) for r in range(lines)], device=device)
+    wide = torch.tensor([min(block, n_k - c * block) for c in range(columns)], device=device)
+    return seen, high[:, None] * wide
+
+
+def block_mask(
+    which: Pattern,
+    seq_len_q: int,
+    seq_len_k: int | None = None,
+    *,
+    causal: bool = False,
+    device: Any = None,
+    block: int = 128,
+) -> Any:
+    """FlexAttention's ``BlockMask``: the lists of partial and of full blocks, and the predicate.
+
+    Full blocks are computed without asking the predicate, empty ones not at all.
+    ``torch``'s own ``create_block_mask`` gives the same from the whole matrix of scores.
+
+    Raises
+    ------
+    ArgumentError
+        if this version of torch has no FlexAttention.
+    """
+    try:
+        from torch.nn.attention.flex_attention import BlockMask
+    except ImportError:
+        raise ArgumentError(
+            "how", "flex", f"needs FlexAttention, and torch {torch.__version__} has none.",
+            'Install torch 2.6 or later, or use how="blocks".',
+        ) from None  # fmt: skip
+    n_q, n_k = _lengths(seq_len_q, seq_len_k)
+    seen, there = counts(which, n_q, n_k, block, causal, device)
+    full = seen == there
+    # A block that juts out over the edge stays partial: beyond it there is nothing to see.
+    full &= there == block * block
+    partial = (seen > 0) & ~full
+    see = visible(which, n_q, n_k, causal, device)
+
+    def mask_mod(b, h, t, j):
+        return see(t, j)
+
+    lists = [x for state in (partial, full) for x in _lists(state)]
+    options = {"BLOCK_SIZE": block, "mask_mod": mask_mod}
+    if "seq_lengths" in inspect.signature(BlockMask.from_kv_blocks).parameters:
+        options["seq_lengths"] = (n_q, n_k)
+    elif n_q % block or n_k % block:
+        raise ArgumentError(
+            "seq_len", (n_q, n_k), f"is no multiple of {block}, which this torch needs.",
+            "Install torch 2.7 or later.",
+        )  # fmt: skip
+    return BlockMask.from_kv_blocks(*lists, **options)
+
+
+def block_mask_bytes(mask: Any) -> int:
+    """Bytes of a BlockMask's lists."""
+    held = [x for x in vars(mask).values() if isinstance(x, torch.Tensor)]
+    return sum(x.numel() * x.element_size() for x in held)
+
+
+def _lists(state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks of each row, ``[1, 1, rows]``, and which, those first, int32."""
+    order = torch.argsort(state.to(torch.int8), dim=1, descending=True, stable=True)
+    return state.sum(1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+
+def _rows(
+    which: Pattern, n_q: int, n_k: int, at_once: int, causal: bool, device: Any
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """First row and ``[rows, n_k]`` bool, from the top to the bottom."""
+    see = visible(which, n_q, n_k, causal, device)
+    j = torch.arange(n_k, dtype=torch.int32, device=device)[None, :]
+    for start in range(0, n_q, at_once):
+        stop = min(start + at_once, n_q)
+        t = torch.arange(start, stop, dtype=torch.int32, device=device)[:, None]
+        yield start, see(t, j).expand(stop - start, n_k)
+
+
+def _lengths(seq_len_q: int, seq_len_k: int | None) -> tuple[int, int]:
+    n_q = check_positive_int("seq_len_q", seq_len_q)
+    return n_q, n_q if seq_len_k is None else check_positive_int("seq_len_k", seq_len_k)
