@@ -96,9 +96,16 @@ def check(name: str, label: str, value: bool) -> dict[str, Any]:
 
 
 @cache
-def _asset(name: str) -> str:
-    """A file of this package without comments, blank lines and indentation."""
-    lines = files("labkit.explorers").joinpath(name).read_text(encoding="utf-8").splitlines()
+def _asset(name: str, *parts: str) -> str:
+    """A file of this package without comments, blank lines and indentation.
+
+    ``parts`` are further files that stand where the first one has the line ``// parts``: what a
+    single figure needs travels in no other page.
+    """
+    folder = files("labkit.explorers")
+    text = folder.joinpath(name).read_text(encoding="utf-8")
+    added = "".join(folder.joinpath(part).read_text(encoding="utf-8") for part in parts)
+    lines = text.replace("// parts\n", added, 1).splitlines()
     kept = (line.strip() for line in lines)
     return "\n".join(line for line in kept if line and not line.startswith(("//", "/* ")))
 
@@ -121,9 +128,12 @@ class Explorer:
         ``table`` : ``head`` and ``rows`` of texts.
     """
 
-    #: files of this package that go into the page
+    #: files of this package that go into the page; ``parts`` go into the script
     script: str = "runtime.js"
+    parts: tuple[str, ...] = ()
     styles: tuple[str, ...] = ("style.css",)
+    #: ``draw(model, layout)`` makes the shapes
+    draw = staticmethod(scene.draw)
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
         spec = copy.deepcopy(dict(spec))
@@ -187,18 +197,18 @@ class Explorer:
     @property
     def key(self) -> str:
         """Names the content: two explorers with one key are the same explorer."""
-        parts = (self._json(), _asset(self.script), *map(_asset, self.styles))
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+        texts = (self._json(), _asset(self.script, *self.parts), *map(_asset, self.styles))
+        return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
     def svg(self, layout: str = "wide", **changes: Any) -> str:
         """The figure as the inside of an ``<svg>``; ``layout`` is ``"wide"`` or ``"narrow"``."""
         check_choice("layout", layout, scene.LAYOUTS)
-        return scene.svg(scene.draw(self._model(changes), layout))
+        return scene.svg(self.draw(self._model(changes), layout))
 
     def png(self, layout: str = "wide") -> bytes:
         """The figure at its initial state as a PNG, two pixels per unit."""
         box = self.spec["layouts"][layout]
-        return scene.png(scene.draw(self._model({}), layout), box["w"], box["h"])
+        return scene.png(self.draw(self._model({}), layout), box["w"], box["h"])
 
     def _control_html(self, control: dict[str, Any]) -> str:
         name, label = escape(control["name"]), escape(control["label"])
@@ -266,7 +276,8 @@ class Explorer:
                 '<p class="lkx-still">This figure has inputs when scripts may run (JavaScript on, '
                 "notebook trusted). What you see is its first state.</p>"
             )
-            script = f"<script>({_asset(self.script)})({json.dumps(key)},{self._json()})</script>"
+            code = _asset(self.script, *self.parts)
+            script = f"<script>({code})({json.dumps(key)},{self._json()})</script>"
         return (
             f'<div class="lkx" data-lkx="{key}">'
             f"<style>{''.join(map(_asset, self.styles))}</style>"

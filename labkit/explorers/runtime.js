@@ -366,6 +366,7 @@ const figures = {
     return shapes;
   },
 };
+// parts
 const escaped = t => t.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const classes = style => style.split(" ").map(name => "lkx-" + name).join(" ");
 function svg(shapes) {

@@ -431,7 +431,19 @@ def png(shapes: list[tuple], width: float, tall: float, *, scale: float = 2.0) -
         style = rest[3] if kind in ("circle", "text") else rest[-1]
         names = style.split()
         series = next((_SERIES[n] for n in names if n in _SERIES), None)
-        if kind == "path":
+        if kind == "path" and names[0] == "cells":  # many rectangles, filled
+            for x, y, w, h in re.findall(r"M([\d.]+) ([\d.]+)h([\d.]+)v([\d.]+)", rest[0]):
+                ax.add_patch(
+                    Rectangle(
+                        (float(x), float(y)), float(w), float(h), facecolor=series, linewidth=0,
+                        alpha=1.0 if series == _SERIES["a"] else 0.38,
+                    )
+                )  # fmt: skip
+        elif kind == "path" and names[0] == "rule":  # many lines
+            for line in rest[0].split("M")[1:]:
+                points = [tuple(map(float, p.split())) for p in line.split("L")]
+                ax.plot(*zip(*points, strict=True), color=_GRID, linewidth=0.6)
+        elif kind == "path":
             points = [tuple(map(float, p.split())) for p in re.split("[ML]", rest[0])[1:]]
             colour = series or (
                 _INK if names[-1] in _INKED else _GRID if names[0] == "grid" else _SOFT
