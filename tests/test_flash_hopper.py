@@ -7,13 +7,17 @@ card by the case runner of ``labkit.experiments`` and held to its bound.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from hopper_reasons import (
+    OnHopper,
+    check_off_hopper,
+    check_unreadable,
+    pretend,
+    said_without_gluon,
+)
 
 from labkit.experiments._flash_cases import Case, make
 from labkit.flash import hopper, hopper_backward, launch, resources, tuning
@@ -96,56 +100,34 @@ def test_candidates_only_where_the_kernels_can_run():
             assert hopper_backward.candidates(other) == []
 
 
-def test_without_a_hopper_card_there_is_a_reason(monkeypatch):
+@pytest.mark.parametrize("module", (hopper, hopper_backward), ids=lambda m: m.__name__)
+def test_without_a_hopper_card_there_is_a_reason(monkeypatch, module):
     q = torch.zeros(1, 2, 64, 128, dtype=torch.bfloat16)
-    for module in (hopper, hopper_backward):
-        for thing in (q, q.float(), q[:, :, :0], None):
-            why = module.supports(thing, q, q, causal=True, window=3)
-            assert isinstance(why, str) and why
-    monkeypatch.setattr(hopper_backward, "_MISSING", "ImportError: nothing here")
-    assert "nothing here" in hopper_backward.supports(q, q, q, causal=False, window=None)
+    check_off_hopper(monkeypatch, lambda *qkv: module.supports(*qkv, causal=True, window=3), q)
 
 
-def test_reasons_name_what_is_wrong_with_the_tensors(monkeypatch):
+@pytest.mark.parametrize("module", (hopper, hopper_backward), ids=lambda m: m.__name__)
+def test_reasons_name_what_is_wrong_with_the_tensors(monkeypatch, module):
     """What they say of tensors on a Hopper card, said here by pretending that this is one."""
-
-    class OnHopper(torch.Tensor):
-        is_cuda = True
-        device = torch.device("cuda", 0)
-
-    monkeypatch.setattr(hopper_backward, "_hopper", lambda index: True)
-    monkeypatch.setattr(hopper_backward, "_MISSING", None)
-    monkeypatch.setattr(hopper_backward.triton, "JITFunction", object)
+    pretend(monkeypatch)
 
     def why(q, k=None, v=None):
-        q, k, v = (
-            x.as_subclass(OnHopper) for x in (q, q if k is None else k, q if v is None else v)
-        )
-        return hopper_backward.supports(q, k, v, causal=False, window=None)
+        tensors = (q, q if k is None else k, q if v is None else v)
+        tensors = (x.as_subclass(OnHopper) for x in tensors)
+        return module.supports(*tensors, causal=False, window=None)
 
     good = torch.zeros(2, 4, 33, 64, dtype=torch.float16)
-    assert why(good) is None
+    check_unreadable(why, good, good)
     assert why(torch.zeros(2, 33, 4, 64, dtype=torch.bfloat16).transpose(1, 2)) is None
-    assert "float16" in why(good.float()) and "float16" in why(good, good.bfloat16())
-    assert "head_dim" in why(good[..., :32]) and "head_dim" in why(good, good, good[..., :32])
-    assert "empty" in why(good, good[:, :, :0])
-    assert "16 bytes" in why(torch.zeros(2, 4, 33, 65, dtype=torch.float16)[..., 1:])
-    assert "16 bytes" in why(torch.zeros(2, 4, 64, 33, dtype=torch.float16).transpose(2, 3))
-    assert "16 bytes" in why(good[:1].expand(2, -1, -1, -1))
+    wrong = good.repeat(1, 1, 1, 4) if module is hopper else good[..., :32]
+    assert "head_dim" in why(wrong) and "head_dim" in why(good, good, wrong)
 
 
-def test_without_gluon_the_module_still_says_so(clean_env):
+@pytest.mark.parametrize("module", ("hopper", "hopper_backward"))
+def test_without_gluon_the_module_still_says_so(clean_env, module):
     """An older Triton: the import of Gluon fails, the import of the module does not."""
-    code = (
-        "import sys; sys.modules['triton.experimental.gluon'] = None\n"
-        "from labkit.flash import hopper_backward as h\n"
-        "print(h.supports(None, None, None, causal=True, window=None))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=clean_env,
-        cwd=os.getcwd(), timeout=120, check=True,
-    )  # fmt: skip
-    assert "no Gluon" in done.stdout
+    call = "m.supports(None, None, None, causal=True, window=None)"
+    assert "no Gluon" in said_without_gluon(f"labkit.flash.{module}", call, clean_env)
 
 
 # -- on a Hopper card ----------------------------------------------------------------------------

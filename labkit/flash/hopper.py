@@ -60,47 +60,34 @@ Taught in chapter 08 (the forward kernel).
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
-from functools import cache
 
 import torch
 import triton
 
 from labkit.flash.forward import which_tile
+from labkit.flash.gluon import (
+    Described,
+    fence_async_shared,
+    gl,
+    jit,
+    mbarrier,
+    off_hopper,
+    tma,
+    unreadable,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from labkit.flash.masking import key_bounds
 from labkit.flash.tuning import Config, Problem
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    _MISSING = ""
-    _jit = gluon.jit
-    # One compilation for all sizes: nothing here gets faster by knowing that one of them is 1.
-    _kernel = gluon.jit(
-        do_not_specialize=(
-            "heads", "all_heads", "share", "Nq", "Nk", "tiles", "section", "window",
-        )
-    )  # fmt: skip
-except ImportError as problem:  # Gluon came with Triton 3.4 and is still experimental
-    gl, _MISSING = None, str(problem)
-
-    def _jit(function):
-        """The module imports without Gluon; ``supports`` says that nothing here can run."""
-        return function
-
-    _kernel = _jit
-
-
 __all__ = ["CONFIGS", "candidates", "forward", "plan", "supports"]
+
+# One compilation for all sizes: nothing here gets faster by knowing that one of them is 1.
+_kernel = jit(
+    do_not_specialize=(
+        "heads", "all_heads", "share", "Nq", "Nk", "tiles", "section", "window",
+    )
+)  # fmt: skip
 
 #: by head_dim rounded up: "overlap" is decision 3 with two groups, "three" three groups without
 CONFIGS = {
@@ -120,7 +107,7 @@ _GROUPS = {"overlap": (2, 240, 24), "three": (3, 160, 32)}
 # -- which keys ------------------------------------------------------------------------------------
 
 
-@_jit
+@jit
 def _key_tiles(
     first, rows, Nq, Nk, window,
     BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
@@ -140,7 +127,7 @@ def _key_tiles(
     return begin, full_begin, full_end, end
 
 
-@_jit
+@jit
 def _hide(
     s, row, key, Nq, Nk, window,
     CAUSAL: gl.constexpr, WINDOW: gl.constexpr, S: gl.constexpr,
@@ -162,7 +149,7 @@ def _hide(
 # -- the loader ------------------------------------------------------------------------------------
 
 
-@_jit
+@jit
 def _fetch(described, batch, head, row, n, tiles, full, empty, STAGES: gl.constexpr):
     """Copy rows ``row …`` of a head into the ring, as its tile number ``n``."""
     slot = n % STAGES
@@ -171,7 +158,7 @@ def _fetch(described, batch, head, row, n, tiles, full, empty, STAGES: gl.conste
     _copy(described, batch, head, row, full.index(slot), tiles.index(slot))
 
 
-@_jit
+@jit
 def _copy(described, batch, head, row, full, tile):
     # A descriptor of [batch, heads, seq_len, d] gives zeros beyond the sequence's end, not the
     # next head's rows.  Its tiles are [1, 1, rows, d]: the same bytes as [rows, d].
@@ -179,7 +166,7 @@ def _copy(described, batch, head, row, full, tile):
     tma.async_copy_global_to_shared(described, [batch, head, row, 0], full, into)
 
 
-@_jit
+@jit
 def _load(
     args,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
@@ -204,7 +191,7 @@ def _load(
 # -- the consumers ---------------------------------------------------------------------------------
 
 
-@_jit
+@jit
 def _softmax(s, m, l, c):
     """``P, m', l', α`` of a tile of scores.
 
@@ -218,7 +205,7 @@ def _softmax(s, m, l, c):
     return p, m_new, l * alpha + gl.sum(p, 1), alpha
 
 
-@_jit
+@jit
 def _scores(q, n, ring, S: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
             STAGES: gl.constexpr):  # fmt: skip
     """Issue QKᵀ for tile number ``n`` of the ring, once it is there."""
@@ -229,7 +216,7 @@ def _scores(q, n, ring, S: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constex
     return warpgroup_mma(q, K_T, nothing, use_acc=False, is_async=True)
 
 
-@_jit
+@jit
 def _overlapped(
     last, count, row, n, q, ring, p, m, l, o, c, sizes,
     S: gl.constexpr, O: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -267,7 +254,7 @@ def _overlapped(
     return p, m, l, o, n
 
 
-@_jit
+@jit
 def _in_turn(
     last, count, row, n, q, ring, m, l, o, c, sizes,
     S: gl.constexpr, O: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -294,7 +281,7 @@ def _in_turn(
     return m, l, o, n
 
 
-@_jit
+@jit
 def _pass_over(count, n, ring, STAGES: gl.constexpr):
     """Give back tiles of which no row of this group sees a key; the other groups need them."""
     _, _, k_full, k_empty, v_full, v_empty = ring
@@ -308,7 +295,7 @@ def _pass_over(count, n, ring, STAGES: gl.constexpr):
     return n
 
 
-@_jit
+@jit
 def _attend(
     args,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
@@ -476,27 +463,6 @@ def candidates(problem: Problem) -> list[Config]:
     return [c for c in found if c.block_m <= max(128, problem.rows)]
 
 
-class _Described:
-    """How the copy engine sees a tensor: tiles of ``rows`` × ``width`` of one head."""
-
-    def __init__(self, x: torch.Tensor, rows: int, width: int) -> None:
-        # The stride of a dimension of size 1 is never used, and may be anything.
-        strides = [
-            s if n > 1 else max(8, s - s % 8)
-            for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)
-        ]
-        layout = gl.NVMMASharedLayout(128, 16, rank=4)
-        block = [1, 1, rows, width]
-        self.form = TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
-        self.form.base = None  # a plan outlives its first tensors and must not keep them
-
-    def __call__(self, x: torch.Tensor):
-        """The descriptor of ``x``, a tensor like the first."""
-        described = copy(self.form)
-        described.base = x
-        return described
-
-
 class _Plan:
     """All of a launch but the tensors; see :func:`plan`."""
 
@@ -509,11 +475,8 @@ class _Plan:
         tiles, all_heads = triton.cdiv(n_q, config.block_m), batch * heads
         # As many heads as have their K and V in half of L2.
         section = max(1, card(q)[3] // 2 // (n_k * 4 * width)) * share if call.causal else 1
-        rows = config.block_m // groups
-        self.described = (
-            _Described(q, rows, width), _Described(k, config.block_n, width),
-            _Described(v, config.block_n, width), _Described(o, rows, width),
-        )  # fmt: skip
+        rows, keys = [1, 1, config.block_m // groups, width], [1, 1, config.block_n, width]
+        self.described = [Described(x, y) for x, y in ((q, rows), (k, keys), (v, keys), (o, rows))]
         # softmax(cS) with c < 0 is softmax(|c| (−Q) Kᵀ): the kernel takes the maximum of S.  And
         # with c = 0 a hidden score would be 0 · −∞.
         self.negative, scale = call.scale < 0, max(abs(call.scale), 1e-30)
@@ -561,11 +524,6 @@ def forward(q, k, v, o, lse, *, scale, causal, window=None, config=None) -> None
         plan(q, k, v, o, lse, call, config)(q, k, v, o, lse, call)
 
 
-@cache
-def _hopper(index: int) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9
-
-
 def supports(q, k, v, *, causal: bool, window: int | None) -> str | None:
     """None if this kernel can run on such tensors, else why not; never raises.
 
@@ -574,22 +532,10 @@ def supports(q, k, v, *, causal: bool, window: int | None) -> str | None:
     multiples of 16 bytes.  Any mask, window, seq_len and grouping of heads will do.
     """
     try:
-        if _MISSING:
-            return f"this Triton has no Gluon for Hopper ({_MISSING})"
-        if not q.is_cuda or not _hopper(q.device.index or 0):
-            return "not a Hopper card"
-        if q.dtype not in (torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
-            return "not float16 or bfloat16"
+        if why := off_hopper(q, k, v):
+            return why
         if _width(q.shape[3], v.shape[3]) not in CONFIGS:
             return "a head_dim above 128"
-        for x in (q, k, v):
-            if not x.numel():
-                return "an empty tensor"
-            if x.stride(3) != 1 or x.data_ptr() % 16 or x.shape[3] % 8:
-                return "rows that do not start at multiples of 16 bytes"
-            for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True):
-                if size > 1 and (stride <= 0 or stride % 8 or stride * 2 >= 2**40):
-                    return "rows that do not start at multiples of 16 bytes"
-        return None
+        return unreadable(q, k, v)
     except Exception as problem:
         return f"{type(problem).__name__}: {problem}"

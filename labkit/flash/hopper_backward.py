@@ -59,7 +59,6 @@ Taught in chapter 09 (the backward kernel).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from math import e, log2
 from types import SimpleNamespace
 
@@ -67,25 +66,21 @@ import torch
 import triton
 import triton.language as tl
 
+from labkit.flash.gluon import (
+    Described,
+    TensorDescriptor,
+    fence_async_shared,
+    gl,
+    jit,
+    mbarrier,
+    off_hopper,
+    tma,
+    unreadable,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
 from labkit.flash.tuning import Config, Problem
-
-try:  # Gluon is young: it comes with Triton 3.5 or later, and not with every build of it
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_init,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    _MISSING = None
-except Exception as problem:  # whatever it is, the caller has other kernels
-    _MISSING = f"{type(problem).__name__}: {problem}"
-    gluon = SimpleNamespace(jit=lambda function=None, **_: function or (lambda inner: inner))
 
 __all__ = ["backward", "candidates", "plan_dkdv", "plan_dq", "supports"]
 
@@ -98,21 +93,21 @@ _NUMBERS = ["heads", "group", "nq", "nk", "tiles", "window"]
 # -- shared by both kernels ------------------------------------------------------------------------
 
 
-@gluon.jit
+@jit
 def _box(smem, R: gl.constexpr, D: gl.constexpr):
     """A tile [R, D] as the box [1, 1, R, D] of a tensor [batch, heads, rows, D]: the same bytes."""
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
     return smem._reinterpret(smem.dtype, [1, 1, R, D], layout)
 
 
-@gluon.jit
+@jit
 def _next(stage, phase, STAGES: gl.constexpr):
     """The buffer after this one; the phase flips when the ring of buffers starts again."""
     wrap = stage == STAGES - 1
     return gl.where(wrap, 0, stage + 1), gl.where(wrap, phase ^ 1, phase)
 
 
-@gluon.jit
+@jit
 def _cut(q0, Q_ROWS: gl.constexpr, k0, K_ROWS: gl.constexpr, off, nk, window,
          CAUSAL: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
     """Whether some pair of the tile is hidden: only such a tile pays for its mask."""
@@ -128,7 +123,7 @@ def _cut(q0, Q_ROWS: gl.constexpr, k0, K_ROWS: gl.constexpr, off, nk, window,
     return cut
 
 
-@gluon.jit
+@jit
 def _seen(q, k, off, nk, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
     """Whether query q sees key k; off = Nk − Nq puts the last query on the last key."""
     distance = q + off - k
@@ -164,7 +159,7 @@ def rows_kernel(lse, delta, out, stride_b, stride_h, heads, nq, padded, BLOCK: t
     tl.store(to + tl.num_programs(0).to(tl.int64) * padded, two, mask=row < padded)
 
 
-@gluon.jit
+@jit
 def _row(smem, stage, layout: gl.constexpr):
     """One number per query, as the columns of a transposed tile want them."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -172,7 +167,7 @@ def _row(smem, stage, layout: gl.constexpr):
     return row.load(gl.SliceLayout(0, layout))[None, :]
 
 
-@gluon.jit
+@jit
 def _p_transposed(s, lse, q0, k0, mask, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
     """Pᵀ = 2^(slope · Sᵀ − LSE₂), and exactly 0 where the mask hides.
 
@@ -192,7 +187,7 @@ def _p_transposed(s, lse, q0, k0, mask, CAUSAL: gl.constexpr, WINDOW: gl.constex
     return p
 
 
-@gluon.jit
+@jit
 def _dkdv_consumer(args, WHO: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
                    STAGES: gl.constexpr, EARLY: gl.constexpr, CAUSAL: gl.constexpr,
                    WINDOW: gl.constexpr):  # fmt: skip
@@ -282,7 +277,7 @@ def _dkdv_consumer(args, WHO: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constex
     tma.store_wait(0)
 
 
-@gluon.jit
+@jit
 def _dkdv_producer(args, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr):
     """Brings K and V once; then tile after tile Q, dO and what belongs to their rows."""
     smem, bars, descs, numbers = args
@@ -319,7 +314,7 @@ def _dkdv_producer(args, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.cons
         stage, phase = _next(stage, phase, STAGES)
 
 
-@gluon.jit
+@jit
 def _queries(k0, K_ROWS: gl.constexpr, total, off, window, BLOCK_M: gl.constexpr,
              CAUSAL: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
     """First tile of queries that sees one of these keys, and how many do; one at the least."""
@@ -335,7 +330,7 @@ def _queries(k0, K_ROWS: gl.constexpr, total, off, window, BLOCK_M: gl.constexpr
     return first, gl.maximum(end - first, 1)
 
 
-@gluon.jit(do_not_specialize=_NUMBERS)
+@jit(do_not_specialize=_NUMBERS)
 def dkdv_kernel(
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_desc, dv_desc,
     heads, group, nq, nk, tiles, window, slope, scale,
@@ -395,7 +390,7 @@ def dkdv_kernel(
 # -- dQ: 128 queries stay, keys stream past --------------------------------------------------------
 
 
-@gluon.jit
+@jit
 def _p(s, lse, q0, k0, mask, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
     """P = 2^(slope · S − LSE₂), and exactly 0 where the mask hides and past the last key."""
     slope, off, nk, window = mask
@@ -410,7 +405,7 @@ def _p(s, lse, q0, k0, mask, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
     return p
 
 
-@gluon.jit
+@jit
 def _dq_consumer(args, WHO: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
                  STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
     """64 of the queries: their Q and dO stay in shared memory, their dQ in registers."""
@@ -476,7 +471,7 @@ def _dq_consumer(args, WHO: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr
     tma.store_wait(0)
 
 
-@gluon.jit
+@jit
 def _dq_producer(args, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
     """Brings Q and dO once; then K and V, tile after tile."""
     smem, bars, descs, numbers = args
@@ -504,7 +499,7 @@ def _dq_producer(args, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.conste
         stage, phase = _next(stage, phase, STAGES)
 
 
-@gluon.jit(do_not_specialize=_NUMBERS)
+@jit(do_not_specialize=_NUMBERS)
 def dq_kernel(
     q_desc, do_desc, k_desc, v_desc, dq_desc, lse, delta,
     stride_b, stride_h, heads, group, nq, nk, tiles, window, slope, scale,
@@ -593,16 +588,9 @@ def _configs(kind: str, d: int) -> list[Config]:
     ]
 
 
-def _described(x: torch.Tensor, rows: int):
-    """How the copy engine sees x: boxes of ``rows`` rows of one head, swizzled for the product."""
-    from labkit.flash.launch import Described
-
-    made = Described(x, rows, x.shape[3])
-    form = made.form
-    layout = gl.NVMMASharedLayout(128, 16, rank=4)
-    made.form = TensorDescriptor(x, form.shape, form.strides, form.block_shape, layout)
-    made.form.base = None
-    return made
+def _described(x: torch.Tensor, rows: int) -> Described:
+    """Boxes of ``rows`` rows of one head."""
+    return Described(x, [1, 1, rows, x.shape[3]])
 
 
 def _window(call, nq: int, nk: int) -> int:
@@ -731,11 +719,6 @@ def backward(
     plan_dq(*tensors, call, dq_config or _configs("dq", d)[0])(*tensors, call)
 
 
-@cache
-def _hopper(index: int) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9
-
-
 def supports(q, k, v, *, causal: bool, window: int | None) -> str | None:
     """None if these kernels can run on such tensors, else why not; never raises.
 
@@ -745,24 +728,12 @@ def supports(q, k, v, *, causal: bool, window: int | None) -> str | None:
     must be such tensors too.
     """
     try:
-        if _MISSING:
-            return f"this Triton has no Gluon for Hopper ({_MISSING})"
+        if why := off_hopper(q, k, v):
+            return why
         if not isinstance(rows_kernel, triton.JITFunction):
             return "Triton's interpreter is on"
-        if not q.is_cuda or not _hopper(q.device.index or 0):
-            return "not a Hopper card"
-        if q.dtype not in (torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
-            return "not float16 or bfloat16"
         if q.shape[3] not in _SPACE["dq"] or v.shape[3] != q.shape[3]:
             return "head_dim is not 64 or 128 for q, k and v alike"
-        for x in (q, k, v):
-            if not x.numel():
-                return "an empty tensor"
-            if x.stride(3) != 1 or x.data_ptr() % 16:
-                return "rows that do not start at multiples of 16 bytes"
-            for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True):
-                if size > 1 and (stride <= 0 or stride % 8):
-                    return "rows that do not start at multiples of 16 bytes"
-        return None
+        return unreadable(q, k, v)
     except Exception as problem:
         return f"{type(problem).__name__}: {problem}"

@@ -108,6 +108,18 @@ def _describable(*tensors: torch.Tensor) -> bool:
     return True
 
 
+def strides_of(x: torch.Tensor) -> list[int]:
+    """Strides that the copy engine takes: that of a dimension of size 1 may be anything in x."""
+    align = _TMA_ALIGN // x.element_size()
+    return [
+        *(
+            s if n > 1 else max(align, s - s % align)
+            for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+        ),
+        1,
+    ]
+
+
 class Described:
     """How the copy engine sees a tensor: tiles of ``rows`` × ``block_d`` of one head.
 
@@ -117,13 +129,7 @@ class Described:
     def __init__(self, x: torch.Tensor, rows: int, block_d: int) -> None:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        align = _TMA_ALIGN // x.element_size()
-        # The stride of a dimension of size 1 is never used, and may be anything.
-        strides = [
-            s if n > 1 else max(align, s - s % align)
-            for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)
-        ]
-        self.form = TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, block_d])
+        self.form = TensorDescriptor(x, list(x.shape), strides_of(x), [1, 1, rows, block_d])
         self.form.base = None  # a plan outlives its first tensors and must not keep them
 
     def __call__(self, x: torch.Tensor):

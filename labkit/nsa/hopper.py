@@ -34,46 +34,32 @@ Taught in chapter 13 (the kernels of sparse attention).
 
 from __future__ import annotations
 
-from copy import copy
-from functools import cache
-
 import torch
 import triton
 
+from labkit.flash.gluon import (
+    Described,
+    fence_async_shared,
+    gl,
+    jit,
+    mbarrier,
+    off_hopper,
+    tma,
+    unreadable,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from labkit.flash.tuning import Config
 from labkit.nsa.call import Call
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    _MISSING = ""
-    _jit = gluon.jit
-    # One compilation for all sizes: nothing here gets faster by knowing that one of them is 1.
-    _kernel = gluon.jit(
-        do_not_specialize=(
-            "heads", "share", "Nq", "Nk", "tiles", "all_heads", "section", "each", "cap",
-        )
-    )  # fmt: skip
-except ImportError as problem:  # Gluon came with Triton 3.4 and is still experimental
-    gl, _MISSING = None, str(problem)
-
-    def _jit(function):
-        """The module imports without Gluon; ``supports`` says that nothing here can run."""
-        return function
-
-    _kernel = _jit
-
-
 __all__ = ["CONFIGS", "config_for", "forward", "supports"]
+
+# One compilation for all sizes: nothing here gets faster by knowing that one of them is 1.
+_kernel = jit(
+    do_not_specialize=(
+        "heads", "share", "Nq", "Nk", "tiles", "all_heads", "section", "each", "cap",
+    )
+)  # fmt: skip
 
 #: by head_dim: rows of a tile, keys of a slot, warps of a group, slots of the ring.  The first
 #: whose tile has at most 32 queries serves: ``members`` has a bit for each.
@@ -91,7 +77,7 @@ _GROUPS = {"four": (4, 112, 24), "three": (3, 160, 32), "two": (2, 240, 24)}
 # -- which blocks ----------------------------------------------------------------------------------
 
 
-@_jit
+@jit
 def _place(program, tiles, all_heads, section):
     """(tile, head) of a program: ``section`` heads at a time, so that their K and V stay in L2.
 
@@ -106,7 +92,7 @@ def _place(program, tiles, all_heads, section):
 # -- the loader ------------------------------------------------------------------------------------
 
 
-@_jit
+@jit
 def _copy(described, batch, row, head, full, tile):
     # A descriptor of [batch, seq_len, heads, d] gives zeros beyond the end, not the next batch's
     # rows.  Its tiles are [1, rows, heads, d]: the same bytes as [rows · heads, d].
@@ -114,7 +100,7 @@ def _copy(described, batch, row, head, full, tile):
     tma.async_copy_global_to_shared(described, [batch, row, head, 0], full, into)
 
 
-@_jit
+@jit
 def _fetch(described, batch, head, row, n, tiles, full, empty, STAGES: gl.constexpr):
     """Copy rows ``row …`` of a head into the ring, as its tile number ``n``."""
     slot = n % STAGES
@@ -123,7 +109,7 @@ def _fetch(described, batch, head, row, n, tiles, full, empty, STAGES: gl.conste
     _copy(described, batch, row, head, full.index(slot), tiles.index(slot))
 
 
-@_jit
+@jit
 def _load(
     args, QUERIES: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
     BLOCK: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -152,7 +138,7 @@ def _load(
 # -- the consumers ---------------------------------------------------------------------------------
 
 
-@_jit
+@jit
 def _softmax(s, m, l, c, active):
     """``P, m', l', α`` of a block's scores; rows that are not ``active`` stay as they are.
 
@@ -166,7 +152,7 @@ def _softmax(s, m, l, c, active):
     return p, m_new, l * alpha + gl.sum(p, 1), alpha
 
 
-@_jit
+@jit
 def _attend(
     args, QUERIES: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
     BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, VARLEN: gl.constexpr, GROUP: gl.constexpr,
@@ -343,27 +329,6 @@ def forward_kernel(
 # -- launching -------------------------------------------------------------------------------------
 
 
-class _Described:
-    """How the copy engine sees a tensor: tiles of ``rows`` tokens × ``heads`` × ``d``."""
-
-    def __init__(self, x: torch.Tensor, rows: int, heads: int) -> None:
-        # The stride of a dimension of size 1 is never used, and may be anything.
-        strides = [
-            s if n > 1 else max(8, s - s % 8)
-            for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)
-        ]
-        layout = gl.NVMMASharedLayout(128, 16, rank=4)
-        block = [1, rows, heads, x.shape[3]]
-        self.form = TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
-        self.form.base = None  # a plan outlives its first tensors and must not keep them
-
-    def __call__(self, x: torch.Tensor):
-        """The descriptor of ``x``, a tensor like the first."""
-        described = copy(self.form)
-        described.base = x
-        return described
-
-
 class _Plan:
     """All of a launch but the tensors."""
 
@@ -380,11 +345,10 @@ class _Plan:
         self.tile = groups * queries
         # As many heads as have their K and V in half of L2.
         section = max(1, card(q)[3] // 2 // (n_k * 4 * d))
-        self.described = (
-            _Described(q, queries, share), _Described(k, config.block_n, 1),
-            _Described(v, config.block_n, 1),
-        )  # fmt: skip
-        self.out = None if varlen else _Described(o, queries, share)
+        # [queries, heads, d] of q: the same bytes as [64, d]
+        rows, keys = [1, queries, share, d], [1, config.block_n, 1, d]
+        self.described = [Described(x, y) for x, y in ((q, rows), (k, keys), (v, keys))]
+        self.out = None if varlen else Described(o, rows)
         # softmax(cS) with c < 0 is softmax(|c| (−Q) Kᵀ): the kernel takes the maximum of S.  And
         # with c = 0 a hidden score would be 0 · −∞.
         self.negative, scale = call.scale < 0, max(abs(call.scale), 1e-30)
@@ -465,11 +429,6 @@ def forward(q, k, v, block_indices, call: Call, *, config=None, union=None):
 _plans: dict[tuple, _Plan] = {}
 
 
-@cache
-def _hopper(index: int) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9
-
-
 def supports(q, k, v, call: Call) -> bool:
     """Whether this kernel can run on such tensors; never raises.  :func:`why_not` says why not."""
     return why_not(q, k, v, call) is None
@@ -484,12 +443,8 @@ def why_not(q, k, v, call: Call) -> str | None:
     multiples of 16 bytes.
     """
     try:
-        if _MISSING:
-            return f"this Triton has no Gluon for Hopper ({_MISSING})"
-        if not q.is_cuda or not _hopper(q.device.index or 0):
-            return "not a Hopper card"
-        if q.dtype not in (torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
-            return "not float16 or bfloat16"
+        if why := off_hopper(q, k, v):
+            return why
         if q.shape[3] not in CONFIGS or v.shape[3] != q.shape[3]:
             return "a head_dim other than 64 or 128"
         if call.block_size % 64:
@@ -497,14 +452,6 @@ def why_not(q, k, v, call: Call) -> str | None:
         share = q.shape[2] // k.shape[2]
         if share & (share - 1) or share > 64 or config_for(q, k, call) is None:
             return "a group of query heads that is not 4, 8, 16, 32 or 64"
-        for x in (q, k, v):
-            if not x.numel():
-                return "an empty tensor"
-            if x.stride(3) != 1 or x.data_ptr() % 16:
-                return "rows that do not start at multiples of 16 bytes"
-            for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True):
-                if size > 1 and (stride <= 0 or stride % 8 or stride * 2 >= 2**40):
-                    return "rows that do not start at multiples of 16 bytes"
-        return None
+        return unreadable(q, k, v)
     except Exception as problem:
         return f"{type(problem).__name__}: {problem}"

@@ -36,7 +36,6 @@ Taught in chapter 13 (the kernels of sparse attention).
 
 from __future__ import annotations
 
-from functools import cache
 from math import e
 from math import log2 as _log2
 
@@ -44,43 +43,32 @@ import torch
 import triton
 import triton.language as tl
 
+from labkit.flash.gluon import (
+    describe,
+    fence_async_shared,
+    gl,
+    jit,
+    mbarrier,
+    off_hopper,
+    tma,
+    unreadable,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
 from labkit.nsa import lists
 from labkit.nsa.by_keys import Turned, find_piece
 from labkit.nsa.call import Call
 from labkit.nsa.lists import find_sequence
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_init,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    _MISSING = ""
-    _jit = gluon.jit
-    # One compilation for all sizes: nothing here gets faster by knowing that one of them is 1.
-    _kernel = gluon.jit(
-        do_not_specialize=(
-            "low", "heads", "chunks", "pieces", "each", "slots", "nq", "tiles", "cap", "own",
-        )
-    )
-except ImportError as problem:  # Gluon came with Triton 3.4 and is still experimental
-    gl, _MISSING = None, str(problem)
-
-    def _jit(function):
-        """The module imports without Gluon; ``supports`` says that nothing here can run."""
-        return function
-
-    _kernel = _jit
-
-
 __all__ = ["backward", "supports", "why_not"]
+
+# One compilation for all sizes: nothing here gets faster by knowing that one of them is 1.
+_kernel = jit(
+    do_not_specialize=(
+        "low", "heads", "chunks", "pieces", "each", "slots", "nq", "tiles", "cap", "own",
+    )
+)  # fmt: skip
 
 LOG2E = _log2(e)
 #: bytes for the shares of dQ and the partial sums of one group of lists
@@ -261,7 +249,7 @@ def sums_kernel(
 # -- the producer ----------------------------------------------------------------------------------
 
 
-@_jit
+@jit
 def _entries(order, e, lo, N: gl.constexpr):
     """Entries e … e + N of the list; the first one again for those before it."""
     found = ()
@@ -270,7 +258,7 @@ def _entries(order, e, lo, N: gl.constexpr):
     return found
 
 
-@_jit
+@jit
 def _gather(described, batch, head, chosen, slots, full, boxes, D: gl.constexpr, G: gl.constexpr):
     """64 / G queries, side by side: [D / 64][64 rows][64 columns], as the product wants them."""
     N: gl.constexpr = 64 // G
@@ -282,14 +270,14 @@ def _gather(described, batch, head, chosen, slots, full, boxes, D: gl.constexpr,
             )
 
 
-@_jit
+@jit
 def _boxes(tile, D: gl.constexpr, G: gl.constexpr):
     """The boxes [1, 1, G, 64] that a tile [64, D] consists of: the same bytes."""
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
     return tile._reinterpret(tile.dtype, [64 // G * (D // 64), 1, 1, G, 64], layout)
 
 
-@_jit
+@jit
 def _produce(args, DOUT: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
     """Step after step 64 / G queries: rows of dO and δ for one warp, the rest for another."""
     smem, bars, descs, numbers = args
@@ -340,7 +328,7 @@ def _produce(args, DOUT: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES:
             chosen = ahead
 
 
-@_jit
+@jit
 def _send(args, D: gl.constexpr, G: gl.constexpr):
     """dQ of each step to its places (query, slot)."""
     dq_smem, dq_full, dq_empty, dq_desc, order, first, lo, base, steps = args
@@ -368,7 +356,7 @@ def _send(args, D: gl.constexpr, G: gl.constexpr):
 # -- the consumers ---------------------------------------------------------------------------------
 
 
-@_jit
+@jit
 def _row(smem, slot, layout: gl.constexpr):
     """One number per gathered row, as the columns of a transposed tile want them."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -376,7 +364,7 @@ def _row(smem, slot, layout: gl.constexpr):
     return row.load(gl.SliceLayout(0, layout))[None, :]
 
 
-@_jit
+@jit
 def _hide(p, at, e, lo, key, G: gl.constexpr):
     """0 for keys after the query's position ``at``, and for rows before the list's beginning."""
     layout: gl.constexpr = p.type.layout
@@ -385,7 +373,7 @@ def _hide(p, at, e, lo, key, G: gl.constexpr):
     return gl.where((key.to(gl.float32)[:, None] <= at) & there[None, :], p, 0.0)
 
 
-@_jit
+@jit
 def _walk(args, dk, dv, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr,
           STAGES: gl.constexpr, FUSED: gl.constexpr):  # fmt: skip
     """Every other step; ``FUSED``: with its share of dQ."""
@@ -443,7 +431,7 @@ def _walk(args, dk, dv, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr,
     return dk, dv
 
 
-@_jit
+@jit
 def _consume(args, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
     """dK and dV of the block, summed over every other step."""
     _, bars, out, numbers = args
@@ -551,7 +539,7 @@ def dkdv_kernel(
 # -- dQ by queries ---------------------------------------------------------------------------------
 
 
-@_jit
+@jit
 def _p(s, lse, chose, bit, block, i, own, G: gl.constexpr, slope):
     """P = 2^(slope · S − LSE₂); 0 where a query did not choose the block or stands before a key."""
     layout: gl.constexpr = s.type.layout
@@ -564,7 +552,7 @@ def _p(s, lse, chose, bit, block, i, own, G: gl.constexpr, slope):
     return p
 
 
-@_jit
+@jit
 def _dq_consume(args, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
     """64 rows: their Q and dO stay in shared memory, their dQ in registers."""
     smem, bars, dq_desc, rows, union, numbers = args
@@ -636,7 +624,7 @@ def _dq_consume(args, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGE
         tma.store_wait(0)
 
 
-@_jit
+@jit
 def _dq_produce(args, D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
     """Q and dO once; then K and V of each block of the union."""
     smem, bars, descs, blocks, numbers = args
@@ -721,17 +709,6 @@ def dq_kernel(
 # -- launching -------------------------------------------------------------------------------------
 
 
-def _described(x: torch.Tensor, block: list[int], bits: int = 16, swizzle: int = 128):
-    """How the copy engine sees x: boxes of ``block``."""
-    # The stride of a dimension of size 1 is never used, and may be anything.
-    strides = [
-        stride if size > 1 else max(8, stride - stride % 8)
-        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    ]
-    layout = gl.NVMMASharedLayout(swizzle, bits, rank=x.ndim)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
-
-
 #: gathered rows of one piece: what one program has to do
 PIECE = 8192
 #: how dQ is made: "fused" or "split"; None: as the choice of the blocks suggests
@@ -808,12 +785,12 @@ def backward(
 
     turned = _turn(block_indices, call, n, group, d, workspace, piece)
     union, split = _split(block_indices, turned, call, n, group, road)
-    keys = [_described(x, [1, 64, 1, d]) for x in (k, v)]
+    keys = [describe(x, [1, 64, 1, d]) for x in (k, v)]
     if union is not None:
         box = [1, 64 // group, group, d]
         tiles = union[2].shape[2]
         dq_kernel[(b * heads * tiles,)](
-            _described(q, box), _described(dout, box), *keys, _described(dq, box),
+            describe(q, box), describe(dout, box), *keys, describe(dq, box),
             lse_rows, delta, *union, split, heads, m, tiles, union[0].shape[3], call.offset,
             call.scale * LOG2E, call.scale, D=d, G=group, STAGES=STAGES, num_warps=4,
         )  # fmt: skip
@@ -826,8 +803,8 @@ def backward(
     items = new((turned.together * turned.pieces, 4), dtype=torch.int32)
     box = [1, 1, group, 64]
     described = (
-        _described(q, box), _described(dout, box), *keys, _described(lines, [1, 64], 32, 0),
-        _described(shares, [1, group, 64]),
+        describe(q, box), describe(dout, box), *keys, describe(lines, [1, 64], 32, 0),
+        describe(shares, [1, group, 64]),
     )  # fmt: skip
     shared = dict(VARLEN=call.cu is not None, HALVINGS=lists.steps_for(call),
                   SEQUENCES=call.sequences or 1)  # fmt: skip
@@ -863,11 +840,6 @@ def backward(
     return dq, dk, dvalues
 
 
-@cache
-def _hopper(index: int) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9
-
-
 def supports(q, k, v, call: Call) -> bool:
     """Whether these kernels can run on such tensors; never raises.  :func:`why_not` says why."""
     return why_not(q, k, v, call) is None
@@ -881,14 +853,10 @@ def why_not(q, k, v, call: Call) -> str | None:
     can read: last dimension dense, other strides and the start multiples of 16 bytes.
     """
     try:
-        if _MISSING:
-            return f"this Triton has no Gluon for Hopper ({_MISSING})"
+        if why := off_hopper(q, k, v):
+            return why
         if not isinstance(lines_kernel, triton.JITFunction):
             return "Triton's interpreter is on"
-        if not q.is_cuda or not _hopper(q.device.index or 0):
-            return "not a Hopper card"
-        if q.dtype not in (torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
-            return "not float16 or bfloat16"
         if q.shape[3] not in (64, 128) or v.shape[3] != q.shape[3]:
             return "a head_dim other than 64 or 128"
         if k.shape[1] >= 2**24:
@@ -897,14 +865,6 @@ def why_not(q, k, v, call: Call) -> str | None:
             return "a block_size other than 64"
         if q.shape[2] // k.shape[2] not in (8, 16, 32, 64):
             return "a group of query heads that is not 8, 16, 32 or 64"
-        for x in (q, k, v):
-            if not x.numel():
-                return "an empty tensor"
-            if x.stride(3) != 1 or x.data_ptr() % 16:
-                return "rows that do not start at multiples of 16 bytes"
-            for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True):
-                if size > 1 and (stride <= 0 or stride % 8 or stride * 2 >= 2**40):
-                    return "rows that do not start at multiples of 16 bytes"
-        return None
+        return unreadable(q, k, v)
     except Exception as problem:
         return f"{type(problem).__name__}: {problem}"
