@@ -1051,10 +1051,11 @@ def _predicted(shape: Shape, step: str, pattern: str) -> float | None:
         tile = CONFIGS[shape.head_dim][0].block_m // shape.group
         return sum(model.by_queries_bytes(shape, tile, pattern).values())
     if step in ("keys", "backward"):
-        from labkit.nsa.by_keys import PIECE
+        from labkit.nsa import by_keys, hopper_backward
 
         what = "forward" if step == "keys" else "backward"
-        found = model.by_keys_bytes(shape, what, part=PIECE // shape.group)
+        piece = (by_keys if step == "keys" else hopper_backward).PIECE
+        found = model.by_keys_bytes(shape, what, part=piece // shape.group)
         return found["kv"] + found["rows"]
     return None
 

@@ -53,6 +53,9 @@ WORKSPACE = 9 * 2**28
 _SHARE = 16
 #: rows (queries × padded group) of one piece of a block's list: some sixty tiles
 PIECE = 4096
+#: the same in float32, whose error is that of long sums: 4096 rows added one after the other cost
+#: dV several times the error of a product that adds them in short runs
+PIECE_FLOAT32 = 256
 #: queries of a range, at least: what is shorter would not fill the card
 RANGE = 256
 
@@ -250,7 +253,7 @@ class Turned:
 
 def turn(
     block_indices: torch.Tensor, call: Call, n_k: int, group: int, c: Config,
-    bytes_of_row: float, bytes_of_part: float, workspace: int,
+    bytes_of_row: float, bytes_of_part: float, workspace: int, short: bool = False,
 ) -> Turned:  # fmt: skip
     """Lists and their cuts.
 
@@ -259,10 +262,11 @@ def turn(
     bytes_of_row : workspace for one row (query and head) of one choice.
     bytes_of_part : workspace for one piece of one part of a block.
     workspace : bytes for a group of lists.
+    short : keep pieces short, for sums in float32.
     """
     b, m, h, s = block_indices.shape
     steps = triton.cdiv(call.block_size, c.block_n)
-    size = max(1, PIECE // padded(group))
+    size = max(1, (min(PIECE, PIECE_FLOAT32) if short else PIECE) // padded(group))
     rows = lists.block_rows(call, n_k)
 
     def needs(queries: int) -> float:

@@ -547,6 +547,10 @@ def config_for(
         table = (_HALF if q.element_size() == 2 else _FLOAT)[kind]
         fitting = [w for w in table if w >= width]
         chosen = Config(*table[min(fitting) if fitting else max(table)])
+        if q.element_size() == 4 and call.precision != "ieee" and chosen.num_warps > 4:
+            # On tensor cores eight warps are two warpgroups, which share a product of 64 rows by
+            # its columns.  Of 16 keys each gets 8, and Triton 3.6 lets it read 16: past the end.
+            chosen = replace(chosen, num_warps=4)
     heads = triton.next_power_of_2(group)
     copied = (
         chosen.descriptors

@@ -289,7 +289,7 @@ def by_keys(
     def run(c: Config) -> None:
         rows = max(c.block_m, padded(group))
         turned = turn(block_indices, call, n, group, c, d * q.element_size(),
-                      4 * c.block_n * (d + dv), workspace)  # fmt: skip
+                      4 * c.block_n * (d + dv), workspace, q.element_size() == 4)  # fmt: skip
         slots, steps = block_indices.shape[3], turned.steps
         dq_parts = new((turned.together * turned.each * steps * group, d))
         sums = turned.together * turned.pieces * steps * c.block_n
