@@ -268,6 +268,101 @@ def _list_experiments(names: Any) -> None:
     _console().print(shown)
 
 
+# -- policy ------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--measure", is_flag=True, help="Measure this machine now, and keep the result.")
+@click.option("--budget", type=float, default=60.0, show_default=True, help="Seconds to measure.")
+@click.option("--heads", type=int, default=8, show_default=True, help="Heads to measure with.")
+@click.option(
+    "--head-dim", type=int, multiple=True, help="head_dim to measure; 64 and 128 by default."
+)
+@click.option("--batch", type=int, default=1, show_default=True, help="Batch to measure with.")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), help="Where; the GPU by default.")
+@click.option("--file", "path", type=click.Path(path_type=Path), help="Another file to read.")
+@click.pass_context
+def policy(
+    ctx: click.Context,
+    measure: bool,
+    budget: float,
+    heads: int,
+    head_dim: tuple[int, ...],
+    batch: int,
+    device: str | None,
+    path: Path | None,
+) -> None:
+    """Which attention to use on this machine, by length: measured here, kept on disk.
+
+    Prints the measured winner for each dtype and shape.  Status 1 if nothing was measured on this
+    machine with these versions yet.
+    """
+    import warnings
+
+    from labkit import dispatch
+
+    if measure:
+        found = _measured_policy(dispatch, heads, head_dim or (64, 128), batch, budget, device)
+        kept = found.save(path)
+    else:
+        with warnings.catch_warnings(record=True) as ignored:
+            warnings.simplefilter("always", dispatch.PolicyIgnored)
+            found = dispatch.load_policy(path)
+        for warning in ignored:
+            click.echo(f"labkit: {warning.message}", err=True)
+        kept = path or dispatch.policy_file()
+    if found is None:
+        click.echo(
+            "No policy was measured on this machine with these versions: "
+            "python -m labkit policy --measure"
+        )
+        ctx.exit(1)
+    _show_policy(found, kept)
+
+
+def _measured_policy(dispatch, heads, head_dim, batch, budget, device):
+    from rich.progress import Progress
+
+    with Progress(console=_console(), transient=True) as bars:
+        task = bars.add_task("measuring", total=None)
+        return dispatch.measure_policy(
+            heads=heads, head_dim=head_dim, batch=batch, budget_s=budget, device=device,
+            progress=lambda done, total, what: bars.update(task, completed=done, total=total),
+        )  # fmt: skip
+
+
+def _show_policy(found: Any, path: Path) -> None:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    m = found.machine
+    console = _console()
+    console.print(
+        escape(
+            f"{m['card']}, driver {m['driver'] or '–'}, torch {m['torch']}, "
+            f"Triton {m['triton'] or '–'}, {m.get('date', '–')}\n{path}"
+        )
+    )
+    shown = Table(box=box.SIMPLE_HEAD, title="Fastest by length (tokens)", title_justify="left")
+    for head in ("head_dim", "heads", "mask", "what", "dtype", "from", "use"):
+        shown.add_column(head)
+    for kind in found.kinds():
+        asked = {name: kind[name] for name in ("heads", "head_dim", "causal", "training")}
+        fits = {name: value for name, value in kind.items() if name != "batch"}
+        here = [p for p in found.points if all(getattr(p, n) == v for n, v in fits.items())]
+        for dtype in dict.fromkeys(p.dtype for p in here):
+            for segment in found.crossovers(dtypes_allowed=(dtype,), **asked):
+                shown.add_row(
+                    str(kind["head_dim"]), str(kind["heads"]), "causal" if kind["causal"] else "–",
+                    "forward + backward" if kind["training"] else "forward", dtype,
+                    f"{segment.start:,}", segment.backend,
+                )  # fmt: skip
+    console.print(shown)
+    for note in found.notes:
+        click.echo(f"Note: {note}")
+
+
 # -- quotes ------------------------------------------------------------------------------------
 
 
