@@ -149,6 +149,8 @@ def _flex(q, k, v, made, sizes, scale: float) -> torch.Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     options = {"block_mask": made, "scale": scale, "enable_gqa": sizes.group > 1}
+    if not q.is_cuda:
+        q, k, v = q.detach(), k.detach(), v.detach()  # asked for by torch, also under no_grad
     if torch.compiler.is_compiling():
         return flex_attention(q, k, v, **options)  # becomes part of the caller's graph
     # Each predicate is a program of its own to the compiler, which by default gives up after
@@ -213,7 +215,10 @@ def clear_masks() -> None:
 
 
 def _made(kind: str, which: Pattern, size: tuple[int, int, bool], q: torch.Tensor, block: int):
-    if torch.compiler.is_compiling() or type(q) not in (torch.Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling():
+        # Part of the caller's graph, made again on each call: arithmetic that the compiler fuses.
+        return _make(kind, which, size, q.device, block)
+    if type(q) not in (torch.Tensor, torch.nn.Parameter):
         return _make(kind, which, size, q.device, block)  # of fake tensors nothing may be kept
     key = (kind, which, size, str(q.device), block if kind != "matrix" else None)
     if key not in _made_before:

@@ -9,7 +9,6 @@ Taught in chapter 11 (a mask saves nothing).
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -49,7 +48,7 @@ def dense_mask(
 ) -> torch.Tensor:
     """``[seq_len_q, seq_len_k]`` bool, True where a key is seen."""
     n_q, n_k = _lengths(seq_len_q, seq_len_k)
-    rows = n_q if torch.compiler.is_compiling() else max(1, _AT_ONCE // n_k)
+    rows = max(1, _AT_ONCE // n_k)
     parts = [part for _, part in _rows(which, n_q, n_k, rows, causal, device)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -107,34 +106,26 @@ def block_mask(
     ArgumentError
         if this version of torch has no FlexAttention.
     """
+    n_q, n_k = _lengths(seq_len_q, seq_len_k)
     try:
         from torch.nn.attention.flex_attention import BlockMask
     except ImportError:
         raise ArgumentError(
             "how", "flex", f"needs FlexAttention, and torch {torch.__version__} has none.",
-            'Install torch 2.6 or later, or use how="blocks".',
+            'Install torch 2.7 or later, or use how="blocks".',
         ) from None  # fmt: skip
-    n_q, n_k = _lengths(seq_len_q, seq_len_k)
     seen, there = counts(which, n_q, n_k, block, causal, device)
-    full = seen == there
     # A block that juts out over the edge stays partial: beyond it there is nothing to see.
-    full &= there == block * block
-    partial = (seen > 0) & ~full
+    full = (seen == there) & (there == block * block)
+    lists = (*_list((seen > 0) & ~full), *_list(full))
     see = visible(which, n_q, n_k, causal, device)
 
     def mask_mod(b, h, t, j):
         return see(t, j)
 
-    lists = [x for state in (partial, full) for x in _lists(state)]
-    options = {"BLOCK_SIZE": block, "mask_mod": mask_mod}
-    if "seq_lengths" in inspect.signature(BlockMask.from_kv_blocks).parameters:
-        options["seq_lengths"] = (n_q, n_k)
-    elif n_q % block or n_k % block:
-        raise ArgumentError(
-            "seq_len", (n_q, n_k), f"is no multiple of {block}, which this torch needs.",
-            "Install torch 2.7 or later.",
-        )  # fmt: skip
-    return BlockMask.from_kv_blocks(*lists, **options)
+    return BlockMask.from_kv_blocks(
+        *lists, BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=(n_q, n_k)
+    )
 
 
 def block_mask_bytes(mask: Any) -> int:
@@ -143,7 +134,7 @@ def block_mask_bytes(mask: Any) -> int:
     return sum(x.numel() * x.element_size() for x in held)
 
 
-def _lists(state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _list(state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How many blocks of each row, ``[1, 1, rows]``, and which, those first, int32."""
     order = torch.argsort(state.to(torch.int8), dim=1, descending=True, stable=True)
     return state.sum(1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
@@ -154,6 +145,8 @@ def _rows(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """First row and ``[rows, n_k]`` bool, from the top to the bottom."""
     see = visible(which, n_q, n_k, causal, device)
+    if torch.compiler.is_compiling():
+        at_once = n_q  # the compiler fuses what follows, so that the integers are never there
     j = torch.arange(n_k, dtype=torch.int32, device=device)[None, :]
     for start in range(0, n_q, at_once):
         stop = min(start + at_once, n_q)
