@@ -26,9 +26,15 @@ from labkit.errors import MissingDependencyError
 _HOME = {
     "BACKENDS": "attention",
     "AttentionLayer": "layer",
+    "Overflow": "overflow",
+    "PRECISIONS": "training",
+    "PrecisionOverflowError": "overflow",
+    "StepResult": "training",
+    "TrainingStep": "training",
     "TransformerModel": "model",
     "attend": "attention",
     "available": "attention",
+    "find_overflow": "overflow",
 }
 #: modules that need no torch
 _PURE = {"budget"}

@@ -298,7 +298,6 @@ def changed(options: dict[str, Any], backend: str, changes: dict[str, Any]) -> d
     """``options`` for another backend: what only the old one has is left."""
     options = {**options, "backend": backend, **changes}
     if "window" in changes:
-        options.setdefault("pattern", None)
         options["pattern"] = changes.get("pattern")
     if "sparse" not in changes:
         options["sparse"] = None
