@@ -40,6 +40,13 @@ from labkit.plots.hierarchy import (
     hierarchy_latency,
     reuse,
 )
+from labkit.plots.layer_speed import (
+    layer_gaps,
+    layer_launch,
+    layer_speedups,
+    layer_times,
+    speedup_product,
+)
 from labkit.plots.memory import memory_bars, timeline
 from labkit.plots.nsa_half_rate import half_rate_error, half_rate_savings
 from labkit.plots.nsa_patterns import (
@@ -59,6 +66,14 @@ from labkit.plots.nsa_speed import (
     nsa_unions,
 )
 from labkit.plots.online import error_by_length, order_spread, running_state
+from labkit.plots.pattern_pictures import block_densities, pattern_masks
+from labkit.plots.precision import (
+    loss_scales,
+    overflow_limits,
+    precision_errors,
+    rounding_places,
+    training_loss,
+)
 from labkit.plots.rooflines import dram_ledger, intensity_limits, roofline, time_bounds
 from labkit.plots.style import DARK, LIGHT, Theme, theme, use_style
 from labkit.plots.traffic import loop_orders, order_bars, tile_traffic, traffic, traffic_law
@@ -74,6 +89,7 @@ __all__ = [
     "attention_patterns",
     "backward_passes",
     "backward_rates",
+    "block_densities",
     "branch_reads",
     "bytes_axis",
     "bytes_in_flight",
@@ -98,8 +114,13 @@ __all__ = [
     "kernel_split",
     "keys_by_position",
     "launch_overhead",
+    "layer_gaps",
+    "layer_launch",
+    "layer_speedups",
+    "layer_times",
     "longest_lengths",
     "loop_orders",
+    "loss_scales",
     "memory_bars",
     "needle_found",
     "nsa_branches",
@@ -111,8 +132,12 @@ __all__ = [
     "nsa_unions",
     "order_bars",
     "order_spread",
+    "overflow_limits",
+    "pattern_masks",
+    "precision_errors",
     "reuse",
     "roofline",
+    "rounding_places",
     "running_state",
     "saved_bars",
     "scaling_fit",
@@ -120,6 +145,7 @@ __all__ = [
     "selected_blocks",
     "show",
     "size_axis",
+    "speedup_product",
     "stack_peaks",
     "theme",
     "tile_traffic",
@@ -128,6 +154,7 @@ __all__ = [
     "timing_answers",
     "traffic",
     "traffic_law",
+    "training_loss",
     "use_style",
     "ways_memory",
     "ways_time",
