@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
+from exercise_checks import (
+    mistakes_are_turned_away,
+    skeletons_are_not_errors,
+    solutions_are_taken,
+)
 from torch.nn.functional import scaled_dot_product_attention
 
-from labkit.exercises import ExerciseFailed, ch04
+from labkit.exercises import ch04
 
 # -- the folded solutions, as the chapter prints them -------------------------------------------
 
@@ -51,23 +55,9 @@ RIGHT = {
     "lean, roots": (ch04.leaner_attention, leaner_by_roots),
 }
 
+test_solutions_are_taken = solutions_are_taken(RIGHT)
 
-@pytest.mark.parametrize("name", RIGHT)
-def test_solution_is_accepted(name, capsys):
-    grader, answer = RIGHT[name]
-    grader(answer)
-    assert capsys.readouterr().out.startswith("✓ ")
-
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_skeleton_is_told_that_it_is_not_answered(name, capsys):
-    grader, _ = RIGHT[name]
-
-    def skeleton(*args): ...
-
-    for answer in (skeleton, ..., None):
-        grader(answer)
-        assert capsys.readouterr().out.startswith("Not answered yet: ")
+test_skeletons_are_not_errors = skeletons_are_not_errors(RIGHT)
 
 
 # -- mistakes ----------------------------------------------------------------------------------
@@ -196,9 +186,4 @@ MUTANTS = [
     (ch04.leaner_attention, lambda q, k, v: leaner_attention(q, k, v)[0], "has shape"),
 ]
 
-
-@pytest.mark.parametrize(("grader", "answer", "why"), MUTANTS)
-def test_mistake_is_rejected_with_its_reason(grader, answer, why):
-    with pytest.raises(ExerciseFailed) as caught:
-        grader(answer)
-    assert why in str(caught.value)
+test_mistakes_are_turned_away = mistakes_are_turned_away(MUTANTS)

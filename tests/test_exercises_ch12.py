@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from exercise_checks import (
+    mistakes_are_turned_away,
+    skeletons_are_not_errors,
+    solutions_are_taken,
+)
 
-from labkit.exercises import ExerciseFailed, ch12
+from labkit.exercises import ch12
 
 # -- the folded solutions, as the chapter prints them ---------------------------------------------
 
@@ -54,23 +58,9 @@ RIGHT = {
     "operations": (ch12.operations, operations),
 }
 
+test_solutions_are_taken = solutions_are_taken(RIGHT)
 
-@pytest.mark.parametrize("name", RIGHT)
-def test_solution_is_accepted(name, capsys):
-    grader, answer = RIGHT[name]
-    grader(answer)
-    assert capsys.readouterr().out.startswith("✓ ")
-
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_skeleton_is_told_that_it_is_not_answered(name, capsys):
-    grader, _ = RIGHT[name]
-
-    def skeleton(*args): ...
-
-    for answer in (skeleton, ..., None):
-        grader(answer)
-        assert capsys.readouterr().out.startswith("Not answered yet: ")
+test_skeletons_are_not_errors = skeletons_are_not_errors(RIGHT)
 
 
 # -- mistakes -------------------------------------------------------------------------------------
@@ -211,9 +201,4 @@ WRONG = {
     ),
 }
 
-
-@pytest.mark.parametrize("name", WRONG)
-def test_mistake_is_turned_away_and_told_why(name):
-    grader, answer, words = WRONG[name]
-    with pytest.raises(ExerciseFailed, match=words):
-        grader(answer)
+test_mistakes_are_turned_away = mistakes_are_turned_away(WRONG)
