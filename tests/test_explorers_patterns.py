@@ -74,7 +74,7 @@ def test_counts_are_those_of_the_masks(figure):
         assert values["computed"] == values["touched"] * b * b
         assert values["seen"] <= values["computed"] <= values["triangle"] <= values["matrix"]
     one = figure.values(tile="1")
-    assert one["computed"] == one["seen"] and one["triangle"] == N * (N + 1) / 2
+    assert one["computed"] == one["seen"] and one["triangle"] == one["causal"] == N * (N + 1) / 2
 
 
 def test_queries_see_about_as_many_keys_as_the_control_says(figure):

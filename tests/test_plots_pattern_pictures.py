@@ -28,22 +28,30 @@ def test_pattern_masks_tints_the_tiles_that_hold_a_score(theme):
     assert not axes[2].get_visible()
 
 
-def test_block_densities_draws_the_law_and_the_marks():
-    points = [("local", 0.05, 0.1), ("random", 0.05, 1.0), ("local", 0.1, 0.2)]
-    (ax,), alt = axes_of(plots.block_densities(points, blocks=(2, 16)))
-    curves = [line for line in ax.lines if line.get_linestyle() != "None"]
-    assert len(curves) == 2
-    for line, b in zip(curves, (2, 16), strict=True):
-        x, y = (np.asarray(part) for part in line.get_data())
-        assert np.allclose(y[:-1], 1 - (1 - x[:-1]) ** (b * b), atol=1e-9)
-    marks = [line.get_data() for line in ax.lines if line.get_linestyle() == "None"]
-    assert [len(x) for x, _ in marks] == [2, 1]
-    assert {"local", "random", "2 × 2"} <= {text.get_text() for text in ax.texts}
-    assert "2 × 2, 16 × 16" in alt
+def test_shares_are_those_of_a_causal_mask_where_one_is_meant():
+    low = np.tril(np.ones((8, 8), bool))
+    axes, _ = axes_of(plots.pattern_masks({"all": low, "own": np.eye(8) > 0}, block=4, causal=True))
+    assert axes[0].get_xlabel() == "scores 100%, tiles 100%"
+    assert axes[1].get_xlabel() == "scores 22%, tiles 67%"
 
 
-def test_what_is_no_share_or_too_much_is_refused():
-    with pytest.raises(ArgumentError, match="not shares"):
-        plots.block_densities([("a", 5.0, 1.0)], blocks=(2,)).figure()
+def test_tiles_by_size_draws_the_lines_and_the_law():
+    lines = {"local": {1: 0.05, 16: 0.1}, "random": {1: 0.05, 16: 1.0}}
+    (ax,), alt = axes_of(plots.tiles_by_size(lines, density=0.05))
+    dashed = [line for line in ax.lines if line.get_linestyle() == "--"]
+    assert [list(line.get_ydata()) for line in ax.lines if line not in dashed] == [
+        [0.05, 0.1], [0.05, 1.0],
+    ]  # fmt: skip
+    x, y = (np.asarray(part) for part in dashed[0].get_data())
+    assert np.allclose(y, 1 - 0.95 ** (x * x), atol=1e-9) and x[-1] == 16
+    assert {"local", "random"} <= {text.get_text() for text in ax.texts}
+    assert "Dashed" in alt and "local, random" in alt
+    (ax,), alt = axes_of(plots.tiles_by_size(lines))
+    assert len(ax.lines) == 2 and "Dashed" not in alt
+
+
+def test_what_is_empty_or_too_much_is_refused():
+    with pytest.raises(ArgumentError, match="empty"):
+        plots.tiles_by_size({"local": {}}).figure()
     with pytest.raises(ArgumentError, match="one to six"):
         plots.pattern_masks({str(k): np.eye(4) for k in range(7)}, block=2).figure()

@@ -179,8 +179,9 @@ def pattern_tiles(*, pattern: str = "random", keys: int = 4, tile: int = 8) -> E
     Returns
     -------
     Explorer
-        quantities ``seen`` (visible scores), ``touched`` and ``full`` (tiles), ``computed``
-        (scores of the touched tiles), ``triangle`` (scores of all tiles up to the diagonal).
+        quantities ``seen`` (visible scores) and ``causal`` (those up to the diagonal), ``touched``,
+        ``full`` and ``tiles`` (tiles: in which something, or all, is visible; up to the diagonal),
+        ``computed`` and ``triangle`` (scores of the tiles touched and of those up to the diagonal).
 
     Raises
     ------
@@ -215,7 +216,8 @@ def pattern_tiles(*, pattern: str = "random", keys: int = 4, tile: int = 8) -> E
     quantities: dict[str, Any] = {
         "matrix": ["*", "N", "N"],
         "rows": ["//", "N", "b"],
-        "tiles": ["*", "rows", "rows"],
+        "causal": ["/", ["*", "N", ["+", "N", 1]], 2],
+        "tiles": ["/", ["*", "rows", ["+", "rows", 1]], 2],
         "seen": ["case", "pattern", {
             name: ["case", "keys", {str(k): sum(map(sum, m)) for k, m in by_keys.items()}]
             for name, by_keys in masks.items()
@@ -223,8 +225,9 @@ def pattern_tiles(*, pattern: str = "random", keys: int = 4, tile: int = 8) -> E
         "touched": counted(lambda found, b: sum(x > 0 for row in found for x in row)),
         "full": counted(lambda found, b: sum(x == b * b for row in found for x in row)),
         "computed": ["*", "touched", "b", "b"],
-        "triangle": ["/", ["*", "rows", ["+", "rows", 1], "b", "b"], 2],
+        "triangle": ["*", "tiles", "b", "b"],
         "mean": ["/", "seen", "N"],
+        "density": ["/", "seen", "causal"],
         "touched_share": ["/", "touched", "tiles"],
         "list": ["*", 4, ["+", "touched", "rows"]],
     }  # fmt: skip
@@ -279,9 +282,9 @@ def pattern_tiles(*, pattern: str = "random", keys: int = 4, tile: int = 8) -> E
             },
             "summary": [
                 "cat",
-                "A query sees {mean:sig} keys on average, {seen_share:percent} of the scores. "
-                "They lie in {touched:int} of {tiles:int} tiles, {touched_share:percent}, of which "
-                "{full:int} hold nothing else. ",
+                "A query sees {mean:sig} keys on average: {density:percent} of the scores up to "
+                "the diagonal. They touch {touched:int} of the {tiles:int} tiles there, "
+                "{touched_share:percent}; {full:int} of those hold nothing else. ",
                 [
                     "if",
                     ["==", "b", 1],

@@ -66,7 +66,7 @@ from labkit.plots.nsa_speed import (
     nsa_unions,
 )
 from labkit.plots.online import error_by_length, order_spread, running_state
-from labkit.plots.pattern_pictures import block_densities, pattern_masks
+from labkit.plots.pattern_pictures import pattern_masks, tiles_by_size
 from labkit.plots.precision import (
     loss_scales,
     overflow_limits,
@@ -89,7 +89,6 @@ __all__ = [
     "attention_patterns",
     "backward_passes",
     "backward_rates",
-    "block_densities",
     "branch_reads",
     "bytes_axis",
     "bytes_in_flight",
@@ -149,6 +148,7 @@ __all__ = [
     "stack_peaks",
     "theme",
     "tile_traffic",
+    "tiles_by_size",
     "time_bounds",
     "timeline",
     "timing_answers",

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from labkit.errors import ArgumentError
-from labkit.plots.axes import end_labels
+from labkit.plots.axes import end_labels, size_axis
 from labkit.plots.drawing import figure
 from labkit.plots.style import theme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["block_densities", "pattern_masks"]
+__all__ = ["pattern_masks", "tiles_by_size"]
 
 
-@figure(width=7.6, height=5.6, rows=2, cols=3)
-def pattern_masks(axes: Any, masks: Mapping[str, Any], *, block: int) -> str:
+@figure(width=7.6, height=6.0, rows=2, cols=3)
+def pattern_masks(axes: Any, masks: Mapping[str, Any], *, block: int, causal: bool = False) -> str:
     """Which scores each pattern leaves, and which tiles of ``block`` × ``block`` those touch.
 
     Parameters
     ----------
     masks : up to six of {title: ``[N, N]`` bool}, True where a query (downwards) sees a key.
     block : rows and columns of a tile.
+    causal : give the shares of what a causal mask leaves, and not of the square.
     """
     import numpy as np
     from matplotlib.colors import ListedColormap
@@ -55,7 +56,11 @@ def pattern_masks(axes: Any, masks: Mapping[str, Any], *, block: int) -> str:
         ax.set_yticks([])
         for side in ("top", "right"):
             ax.spines[side].set_visible(True)
-        ax.set_xlabel(f"scores {seen.mean():.0%}, tiles {touched.mean():.0%}", color=t.ink)
+        scores, tiles = (
+            x.sum() / (np.tril(np.ones(x.shape)).sum() if causal else x.size)
+            for x in (seen, touched)
+        )
+        ax.set_xlabel(f"scores {scores:.0%}, tiles {tiles:.0%}", color=t.ink)
     for ax in panels[len(masks) :]:
         ax.set_visible(False)
     return (
@@ -66,52 +71,44 @@ def pattern_masks(axes: Any, masks: Mapping[str, Any], *, block: int) -> str:
 
 
 @figure(width=7.2, height=4.0)
-def block_densities(
-    ax: Axes, points: Sequence[tuple[str, float, float]], *, blocks: Sequence[int]
+def tiles_by_size(
+    ax: Axes, lines: Mapping[str, Mapping[int, float]], *, density: float | None = None
 ) -> str:
-    """The share of tiles that are touched against the share of scores that count.
+    """The share of tiles that a pattern touches against the size of a tile, a line per pattern.
 
     Parameters
     ----------
-    points : (name, density of scores, density of tiles), drawn as marks with their names; points
-        of one name share a mark.
-    blocks : sizes of tiles for which to draw 1 − (1 − ρ)^(b²), the expectation for scores that are
-        drawn one by one.
+    lines : {name: {rows of a square tile: share of the tiles}}.
+    density : draw also 1 − (1 − ρ)^(b²), dashed: what to expect of scores drawn one by one.
     """
     t = theme()
-    if not all(0 < x <= 1 and 0 <= y <= 1 for _, x, y in points):
-        raise ArgumentError("points", points, "are not shares.", "Pass (name, x, y), 0 < x ≤ 1.")
-    low = 1e-6
-    grid = [low ** (1 - k / 240) for k in range(241)]
-    for block in blocks:
-        curve = [-math.expm1(block * block * math.log1p(-min(x, 1 - 1e-12))) for x in grid]
-        ax.plot(grid, curve, color=t.muted, linewidth=1.3)
-        half = -math.expm1(math.log(0.5) / (block * block))  # where half of the tiles are touched
-        ax.annotate(
-            f"{block} × {block}", (half, 0.5), xytext=(-3, 0), textcoords="offset points",
-            ha="right", va="center", color=t.muted, fontsize=9,
-        )  # fmt: skip
-    marks = ("o", "s", "^", "D", "v", "P", "X")
-    names = list(dict.fromkeys(name for name, *_ in points))
+    if not lines or not all(lines.values()):
+        raise ArgumentError("lines", dict(lines), "has an empty line.", "Pass {name: {b: share}}.")
+    marks, colours = ("o", "s", "^", "D", "v", "P", "X"), [*t.cycle, t.ink, t.muted]
     ends = []
-    for name, mark, colour in zip(names, marks, [*t.cycle, t.ink, t.ink], strict=False):
-        mine = [(x, y) for other, x, y in points if other == name]
-        ax.plot(*zip(*mine, strict=True), mark, color=colour, markersize=7, linestyle="none")
-        ends.append((*max(mine), name, colour))
-    ax.set_xscale("log")
-    ax.set_xlim(low, 1)
-    ax.set_ylim(-0.03, 1.05)
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value * 100:g} %")
+    for (name, points), mark, colour in zip(lines.items(), marks, colours, strict=False):
+        xs = sorted(points)
+        ys = [points[x] for x in xs]
+        ax.plot(xs, ys, color=colour, marker=mark, markersize=5, linewidth=1.5)
+        ends.append((xs[-1], ys[-1], name, colour))
+    if density is not None:
+        low, high = (f(x for points in lines.values() for x in points) for f in (min, max))
+        grid = [low * (high / low) ** (k / 120) for k in range(121)]
+        law = [-math.expm1(b * b * math.log1p(-density)) for b in grid]
+        ax.plot(grid, law, color=t.ink, linestyle="--", linewidth=1.2)
+    ax.set_ylim(0, 1.06)
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    ax.set_xlabel("scores that count")
-    ax.set_ylabel("tiles that are touched")
-    end_labels(ax, ends, room=0.26)
+    ax.set_ylabel("tiles touched, of those of a causal kernel")
+    size_axis(ax, "x", label="rows and columns of a tile")
+    end_labels(ax, ends, room=0.24)
+    dashed = ""
+    if density is not None:
+        dashed = " Dashed: the law for scores drawn one by one, which those lines follow."
     return (
-        "Share of tiles touched against the share of scores that count, the latter on a "
-        "logarithmic axis. Curves for tiles of "
-        f"{', '.join(f'{b} × {b}' for b in blocks)}: each climbs from none to all within two "
-        "decades, and the larger the tile, the earlier. Marks for the patterns: "
-        f"{', '.join(names)}; some lie on the curve of their tile, and some far below."
+        "Share of the tiles touched against the size of a tile, on a logarithmic axis, a line for "
+        f"each of {', '.join(lines)}. All begin at the share of the scores. Patterns whose scores "
+        "are scattered climb to all tiles at small sizes; a window, blocks and sorted clusters "
+        "stay low." + dashed
     )
 
 
