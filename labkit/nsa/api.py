@@ -30,6 +30,7 @@ from labkit.nsa.call import Call
 from labkit.nsa.gates import combine
 from labkit.nsa.pooling import block_bounds, compressed_bounds, pool_mean
 from labkit.nsa.semantics import FORCED, check_forced
+from labkit.nsa.shared_query import share
 from labkit.shapes import check_scale
 
 __all__ = [
@@ -156,6 +157,7 @@ def attend(
     otherwise they are means of blocks.
     """
     branches, used, found = [], [], {}
+    q, q_slc, q_swa = share(q, 3)
     if gates["g_cmp"] is not None or gates["g_slc"] is not None:
         if compressed is None:
             cu = call.cu
@@ -169,11 +171,11 @@ def attend(
         if gates["g_slc"] is not None or weights:
             found["blocks"] = ops.select(q, compressed[0], found["lse_cmp"], call)
     if gates["g_slc"] is not None:
-        o, found["lse_slc"] = ops.attend_selected(q, k, v, found["blocks"], call)
+        o, found["lse_slc"] = ops.attend_selected(q_slc, k, v, found["blocks"], call)
         branches.append(o)
         used.append(gates["g_slc"])
     if gates["g_swa"] is not None:
-        o, found["lse_swa"] = _attend_window(q, k, v, call, window)
+        o, found["lse_swa"] = _attend_window(q_swa, k, v, call, window)
         branches.append(o)
         used.append(gates["g_swa"])
     out = combine(branches, used)

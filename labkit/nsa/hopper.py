@@ -177,6 +177,11 @@ def _attend(
     o = gl.zeros([64, D], gl.float32, layout=O)
     q = Q.index(GROUP)
     mbarrier.wait(q_full, 0)
+    left = q
+    if D > 64 and not VARLEN:
+        # Into registers once: 3 % faster than from shared memory with every block.  With the
+        # addresses of varlen there are two registers too few.
+        left = q.load(gl.DotOperandLayout(0, S, 2))
 
     block, chose = gl.load(blocks), gl.load(members)
     for x in range(count):
@@ -190,7 +195,7 @@ def _attend(
             if mine != 0:
                 nothing = gl.zeros([64, BLOCK_N], gl.float32, layout=S)
                 s = warpgroup_mma(
-                    q, K.index(slot).permute([1, 0]), nothing, use_acc=False, is_async=True
+                    left, K.index(slot).permute([1, 0]), nothing, use_acc=False, is_async=True
                 )
                 s = warpgroup_mma_wait(0, [s])
                 mbarrier.arrive(k_empty.index(slot), count=1)

@@ -710,7 +710,7 @@ def dq_kernel(
 
 
 #: gathered rows of one piece: what one program has to do
-PIECE = 8192
+PIECE = 16384
 #: how dQ is made: "fused" or "split"; None: as the choice of the blocks suggests
 ROAD = None
 #: how often a row may be multiplied, for one time that is asked for, before the shares are better
