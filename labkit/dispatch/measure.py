@@ -61,6 +61,17 @@ class Shape:
         names = ("seq_len", "batch", "heads", "kv_heads", "head_dim", "causal", "training")
         return {name: getattr(self, name) for name in names}
 
+    def empty(self, dtype: str, device: str) -> tuple[torch.Tensor, ...]:
+        """q, k, v to ask about, not to compute with."""
+        held = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+        return tuple(
+            torch.empty(
+                self.batch, h, self.seq_len, self.head_dim, dtype=held, device=device,
+                requires_grad=self.training,
+            )
+            for h in (self.heads, self.kv_heads, self.kv_heads)
+        )  # fmt: skip
+
     def draw(self, dtype: str, device: str) -> tuple[torch.Tensor, ...]:
         """q, k, v and dO, the same numbers for every dtype, rounded to it."""
         made = torch.Generator(device).manual_seed(0)
@@ -216,6 +227,7 @@ def race(
     warmup_ms: float = 3.0,
     rep_ms: float = 12.0,
     max_samples: int = 15,
+    largest_scores: int = _LARGEST_SCORES,
     samples: bool = False,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Check each implementation of one shape against float64, then time all in turns.
@@ -225,6 +237,7 @@ def race(
     shape, backends, dtypes : what is computed, by whom, in what.
     device, launch, warmup_ms, rep_ms, max_samples : as ``labkit.timing.time_many`` has them.
     attn_mask : makes the mask ``[Nq, Nk]`` for a dtype.
+    largest_scores : leave out who writes S where it would have more elements.
     samples : put the samples into the rows.
 
     Returns
@@ -245,7 +258,7 @@ def race(
             for backend in backends:
                 who = (backend, dtype)
                 try:
-                    if why := _left_out(who, shape, q, k, v, mask):
+                    if why := _left_out(who, shape, q, k, v, mask, largest_scores):
                         notes += [] if why == _NOT_MEANT else [f"{backend} {dtype}: {why}"]
                         continue
                     forward = function(
@@ -285,7 +298,7 @@ def race(
 _NOT_MEANT = "is not meant for it"
 
 
-def _left_out(who: tuple[str, str], shape: Shape, q, k, v, mask) -> str | None:
+def _left_out(who: tuple[str, str], shape: Shape, q, k, v, mask, largest: int) -> str | None:
     """Why this pair is not measured: it cannot, or it makes no sense to."""
     backend, dtype = who
     tf32 = dtype == "tf32"
@@ -293,7 +306,7 @@ def _left_out(who: tuple[str, str], shape: Shape, q, k, v, mask) -> str | None:
     if why is not None:
         # most pairs of kernel and dtype do not exist: that is a table, not a note for each shape
         return _NOT_MEANT if "takes float" in why or "TF32" in why else why
-    if backend in ("math", "naive") and shape.scores > _LARGEST_SCORES:
+    if backend in ("math", "naive") and shape.scores > largest:
         return f"S would have {shape.scores:.1e} elements"
     return None
 

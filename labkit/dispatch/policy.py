@@ -257,18 +257,7 @@ class Policy:
             raise ArgumentError(
                 "fast", fast, f"shares no measured length with {slow}.", "Measure both."
             )
-        gain = {n: best[slow][n] / best[fast][n] for n in lengths}
-        last = gain[lengths[-1]]
-        slower = [n for n in lengths if gain[n] <= 1]
-        if not slower:
-            return Crossing(lengths[0], None, lengths[0], last)
-        after = slower[-1]
-        if after == lengths[-1]:
-            return Crossing(None, after, None, last)
-        by = lengths[lengths.index(after) + 1]
-        share = math.log(gain[after]) / (math.log(gain[after]) - math.log(gain[by]))
-        meet = math.exp(math.log(after) + share * (math.log(by) - math.log(after)))
-        return Crossing(round(meet), after, by, last)
+        return crossing({n: best[slow][n] / best[fast][n] for n in lengths})
 
     def kinds(self) -> list[dict[str, Any]]:
         """The shapes that were measured: batch, heads, head_dim, causal, training."""
@@ -396,6 +385,22 @@ class _Allowed:
         parts += [", ".join(self.backends)] if self.backends is not None else []
         parts += [f"error ≤ {self.max_error:g}"] if self.max_error is not None else []
         return "; ".join(parts) or "all"
+
+
+def crossing(gain: dict[int, float]) -> Crossing:
+    """From which length a gain, by length, stays above 1."""
+    lengths = sorted(gain)
+    last = gain[lengths[-1]]
+    slower = [n for n in lengths if gain[n] <= 1]
+    if not slower:
+        return Crossing(lengths[0], None, lengths[0], last)
+    after = slower[-1]
+    if after == lengths[-1]:
+        return Crossing(None, after, None, last)
+    by = lengths[lengths.index(after) + 1]
+    share = math.log(gain[after]) / (math.log(gain[after]) - math.log(gain[by]))
+    meet = math.exp(math.log(after) + share * (math.log(by) - math.log(after)))
+    return Crossing(round(meet), after, by, last)
 
 
 def _around(line: Sequence[Point], n: int) -> tuple[Point, ...]:
