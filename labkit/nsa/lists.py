@@ -221,15 +221,18 @@ def unions(
 def keys_kernel(
     chosen, keys, used, cu, cu_blocks, stride_cb, stride_cm, stride_ch, stride_cs,
     heads, Nq, offset, slots, chunk, chunks, rows, shift, total,
-    BLOCK: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
     VARLEN: tl.constexpr, STEPS: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     """(list · (rows + 1) + block) of each choice; row ``rows`` takes those that do not count.
 
     ``used`` says of each choice whether it counts.
     """
-    x = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [batch, head, chunk, query]
-    i, bh = (x % (chunk * chunks)).to(tl.int32), x // (chunk * chunks)
+    # Numbers of 64 bits only where they are needed: dividing them takes several times as long.
+    x = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [batch, head, chunk, query]
+    if WIDE:
+        x = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    i, bh = (x % (chunk * chunks)).to(tl.int32), (x // (chunk * chunks)).to(tl.int64)
     there = (x < total) & (i < Nq)
     slot = tl.arange(0, SLOTS)
     at = bh // heads * stride_cb + bh % heads * stride_ch + i.to(tl.int64) * stride_cm
@@ -247,7 +250,7 @@ def keys_kernel(
                                   + i.to(tl.int64) * stride_cm) + other * stride_cs,
                         there, -1).to(tl.int32)  # fmt: skip
         fine &= (slot <= other)[None, :] | (block != named[:, None])
-    list_ = x // chunk
+    list_ = (x // chunk).to(tl.int64)
     key = list_[:, None] * (rows + 1) + tl.where(fine, block + first[:, None], rows)
     to, inside = x[:, None] * slots + slot[None, :], (x < total)[:, None] & (slot < slots)[None, :]
     tl.store(keys + to, key - shift, mask=inside)
@@ -257,13 +260,16 @@ def keys_kernel(
 @triton.jit
 def order_kernel(
     keys, places, order, slots, each, rows, shift, total, chunks,
-    QUERIES: tl.constexpr, BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, WIDE_KEY: tl.constexpr,
 ):  # fmt: skip
     """From places in the sorted list to queries (or slots): −1 for choices that do not count."""
     x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = x < total
-    key = tl.load(keys + x, there, 0).to(tl.int64) + shift
+    key = tl.load(keys + x, there, 0)
+    key = key.to(tl.int64 if WIDE_KEY else tl.int32) + shift
     place = tl.load(places + x, there, 0)
+    if not WIDE:
+        place = place.to(tl.int32)
     chosen = place % each + (place // each % chunks) * each  # query · S + slot, of its sequence
     out = chosen // slots if QUERIES else chosen
     tl.store(order + x, tl.where(key % (rows + 1) == rows, -1, out).to(tl.int32), mask=there)
@@ -334,14 +340,15 @@ def _turned(block_indices, call: Call, n_k: int, chunk: int, *, queries: bool):
     keys_kernel[(triton.cdiv(total // s, tall),)](
         block_indices, keys, used, call.cu, call.cu_blocks, *block_indices.stride(),
         h, m, 0 if call.cu is not None else call.offset, s, chunk, chunks, rows, shift,
-        total // s, BLOCK=call.block_size, SLOTS=wide, ROWS=tall,
+        total // s, BLOCK=call.block_size, SLOTS=wide, ROWS=tall, WIDE=total >= 2**30,
         VARLEN=call.cu is not None, STEPS=steps_for(call), SEQUENCES=call.sequences or 1,
         num_warps=4,
     )  # fmt: skip
     keys, places = torch.sort(keys, stable=True)
     order_kernel[(triton.cdiv(total, 1024),)](
         keys, places, order, s, each, rows, shift, total, chunks,
-        QUERIES=queries, BLOCK=1024, num_warps=4,
+        QUERIES=queries, BLOCK=1024, WIDE=total >= 2**30, WIDE_KEY=highest >= 2**30,
+        num_warps=4,
     )  # fmt: skip
     first = torch.arange(lists, device=device, dtype=torch.int64)[:, None] * (rows + 1)
     wanted = first + torch.arange(rows + 1, device=device) - shift
