@@ -12,6 +12,7 @@ import pytest
 from labkit import experiments, records
 from labkit.errors import ArgumentError, LabError, NoGpuError, RecordError
 from labkit.experiments import Result
+from labkit.experiments._jobs import Jobs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -204,6 +205,35 @@ def test_beside_gives_this_machine_and_the_recorded_one(fakes, tmp_path, monkeyp
     assert here.value("time") == 3e-3 and recorded.value("time") == 1e-3
     monkeypatch.setattr(experiments, "has_gpu", lambda: False)
     assert experiments.beside("gpu")[0] is None
+
+
+# -- jobs ------------------------------------------------------------------------
+
+
+def test_a_job_that_fails_costs_its_own_rows_and_says_why():
+    def count(result, plan, device, n):
+        if n == 2:
+            raise ValueError("\n  out of luck\nand more")
+        result.rows.append({"n": n, "size": plan["size"], "device": device})
+
+    def jobs(parts):
+        found = Jobs(lambda quick, device: {"size": 3 if quick else 9}, True, "cpu", parts, "ab")
+        for part, n in (("a", 1), ("b", 2), ("a", 2), ("a", 3)):
+            found.add(part, f"{part}{n}", count, n)
+        found.also("extra", lambda: found.result.notes.append("extra"))
+        return found
+
+    seen, tidied = [], []
+    result = jobs("a").run(lambda *step: seen.append(step), tidy=tidied.append)
+    assert result.rows == [{"n": n, "size": 3, "device": "cpu"} for n in (1, 3)]
+    assert result.notes == ["a2: ValueError: out of luck", "extra"]
+    assert seen == [(0, 4, "a1"), (1, 4, "a2"), (2, 4, "a3"), (3, 4, "extra"), (4, 4, "")]
+    assert tidied == [False, True, False, False]
+    assert len(jobs("ab").run(None).notes) == 3
+    late = jobs("a").run(None, limit_s=-1)
+    assert late.rows == [] and all("left out" in note for note in late.notes)
+    with pytest.raises(ArgumentError, match="parts"):
+        jobs(("a", "c"))
 
 
 # -- this package ----------------------------------------------------------------

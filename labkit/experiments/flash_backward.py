@@ -39,8 +39,8 @@ from statistics import median
 from typing import Any
 
 from labkit.errors import check_choice
-from labkit.experiments import Progress, Result, has_gpu, steps
-from labkit.experiments.scaling import _one_thread
+from labkit.experiments import Progress, Result, _release_memory
+from labkit.experiments._jobs import Jobs, first_line
 
 __all__ = [
     "CHAPTERS",
@@ -201,17 +201,8 @@ def run(
         ``price.d<d>.<write|read|again>``,
         ``error.<who>.<dtype>.x<logits>.<dq|dk|dv>``, ``repeat.<who>.<unequal|of|largest>``.
     """
-    for part in parts:
-        check_choice("parts", part, PARTS)
-    device = device or ("cuda" if has_gpu() else "cpu")
-    plan = _plan(quick, device)
-    result = Result()
-    work: list[tuple[str, Callable[[], None]]] = []
-
-    def job(part: str, text: str, function: Callable, *args: Any) -> None:
-        if part in parts:
-            work.append((text, functools.partial(function, result, plan, device, *args)))
-
+    jobs = Jobs(_plan, quick, device, parts, PARTS)
+    job, plan = jobs.add, jobs.plan
     for n in plan["lengths"]:
         for way in WAYS:
             job("ways", f"peak, {way}, N = {n}", _peak, way, n)
@@ -224,32 +215,12 @@ def run(
         job("tiles", "tiles, d = {}, N = {}, causal {}".format(*case), _tiles, *case)
     for head_dim in plan["price"]["head_dims"] if plan["price"] else ():
         job("price", f"price of P, d = {head_dim}", _price, head_dim)
-    for case in _error_cases(device):
+    for case in _error_cases(jobs.device):
         job("error", f"error, {case[0]}, {case[1]}, logits × {case[2]}", _error, *case)
     job("repeat", "repeats", _repeats)
-    with _one_thread(device):
-        for text, function in steps(work, progress, lambda w: w[0]):
-            try:
-                function()
-            except Exception as error:  # a part that fails costs its rows, not the others'
-                result.notes.append(f"{text}: {type(error).__name__}: {_first_line(error)}")
-                _release(device)
+    result = jobs.run(progress, tidy=lambda failed: _release_memory() if failed else None)
     _summarise(result)
     return result
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
-
-
-def _release(device: str) -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _tensors(shape: Sequence[int], dtype: str, device: str, *, logits: float = 1.0, dv: int = 0):
@@ -309,7 +280,7 @@ def _peak(result: Result, plan: dict[str, Any], device: str, way: str, n: int) -
         result.notes.append(f"peak, {way}, N = {n}: left out, needs {predicted:,} bytes")
         return
     tensors = _tensors(_shape(plan, n), plan["ways"]["dtype"], device)
-    _release(device)
+    _release_memory()
     report = measure(forward_backward, attention_of_way(way), *tensors, predicted=predicted)
     result.rows.append(
         {"part": "ways", "what": "peak", "way": way, "seq_len": n, **plan["ways"],
@@ -347,7 +318,7 @@ def _times(result: Result, plan: dict[str, Any], device: str, n: int) -> None:
         try:
             out = attention(q, k, v)
         except Exception as error:
-            result.notes.append(f"time, {way}, N = {n}: {_first_line(error)}")
+            result.notes.append(f"time, {way}, N = {n}: {first_line(error)}")
             continue
         passes["forward"][way] = functools.partial(attention, q, k, v)
         passes["backward"][way] = functools.partial(
@@ -423,7 +394,7 @@ def _backwards(q, k, v, dout, causal: bool, notes: list[str]) -> dict[str, Calla
             out = forward()
             grad(out, (q, k, v), dout)
         except Exception as error:
-            notes.append(f"{name}, d = {q.shape[3]}, N = {q.shape[2]}: {_first_line(error)}")
+            notes.append(f"{name}, d = {q.shape[3]}, N = {q.shape[2]}: {first_line(error)}")
         else:
             found[name] = functools.partial(grad, out, (q, k, v), dout)
 
@@ -434,7 +405,7 @@ def _backwards(q, k, v, dout, causal: bool, notes: list[str]) -> dict[str, Calla
             plain()
             found["triton"] = plain
         except Exception as error:
-            notes.append(f"triton, d = {q.shape[3]}, N = {q.shape[2]}: {_first_line(error)}")
+            notes.append(f"triton, d = {q.shape[3]}, N = {q.shape[2]}: {first_line(error)}")
     for backend in ("flash", "cudnn"):
         if not _can(backend, q, k, v, causal=causal):
             notes.append(f"{backend}: torch does not run it here")
@@ -613,8 +584,8 @@ def _tiles(
             try:
                 times = _kernel_times(fn, 5)
             except Exception as error:
-                result.notes.append(f"tiles, {kernel}, {numbers}: {_first_line(error)}")
-                _release(device)
+                result.notes.append(f"tiles, {kernel}, {numbers}: {first_line(error)}")
+                _release_memory()
                 continue
             picked = [s for name, s in times.items() if not roles or kernel_role(name) in roles]
             samples = [sum(each) for each in zip(*picked, strict=True)]

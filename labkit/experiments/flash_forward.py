@@ -35,6 +35,7 @@ from typing import Any
 from labkit.errors import ArgumentError, check_choice
 from labkit.experiments import Progress, Result, has_gpu
 from labkit.experiments import steps as each
+from labkit.experiments._jobs import first_line
 
 __all__ = ["CHAPTERS", "NEEDS_GPU", "PARTS", "TITLE", "extra_bytes", "gain", "run"]
 
@@ -197,16 +198,11 @@ def run(
             try:
                 measure_part[part](result, plan, device, item)
             except Exception as error:  # one point fewer, not one record fewer
-                result.notes.append(f"{part} {item}: {_first_line(error)}")
+                result.notes.append(f"{part} {item}: {first_line(error)}")
             if device == "cuda":
                 torch.cuda.empty_cache()
     _summarise(result)
     return result
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200] if text else ''}"
 
 
 def _ceiling(result: Result, plan: dict[str, Any], device: str, _: None) -> None:
@@ -317,7 +313,7 @@ def _race(result, plan, device, functions, labels, flops, oracle) -> None:
         except Exception as error:
             del functions[name]
             where = {k: labels[k] for k in ("head_dim", "seq_len", "causal") if k in labels}
-            result.notes.append(f"{name} at {where}: {_first_line(error)}")
+            result.notes.append(f"{name} at {where}: {first_line(error)}")
     if device == "cpu":  # the interpreter's time says nothing about a GPU
         for name, error in errors.items():
             result.rows.append({**labels, "name": name, "flops": flops, "error": error})

@@ -37,8 +37,8 @@ from statistics import median
 from typing import Any
 
 from labkit.errors import check_choice
-from labkit.experiments import Progress, Result, has_gpu, steps
-from labkit.experiments.scaling import _one_thread
+from labkit.experiments import Progress, Result, _release_memory
+from labkit.experiments._jobs import Jobs
 
 __all__ = [
     "CHAPTERS",
@@ -274,17 +274,8 @@ def run(
         ``lookup.<full|half>.<even|odd>``, ``gradients.<dq_odd|dq|dk|dv>``,
         ``kernels.<pattern>.n<T>.<forward|backward>.<full|half|fewer>`` and ``….speedup``.
     """
-    for part in parts:
-        check_choice("parts", part, PARTS)
-    device = device or ("cuda" if has_gpu() else "cpu")
-    plan = _plan(quick, device)
-    result = Result()
-    work: list[tuple[str, Callable[[], None]]] = []
-
-    def job(part: str, text: str, function: Callable, *args: Any) -> None:
-        if part in parts:
-            work.append((text, functools.partial(function, result, plan, device, *args)))
-
+    jobs = Jobs(_plan, quick, device, parts, PARTS)
+    job, plan = jobs.add, jobs.plan
     job("flops", "operations", _flops)
     for rho in plan["rhos"]:
         job("error", f"error, ρ = {rho}", _error, rho)
@@ -292,8 +283,8 @@ def run(
     job("gradients", "gradients", _gradients)
     for case in plan["kernels"]:
         job("kernels", "kernels, T = {}, {} heads, {} KV heads, {}".format(*case), _kernels, *case)
-    if device == "cuda" and {"memory", "time"} & set(parts):
-        work.append(("room for what autograd keeps", functools.partial(_make_room, plan)))
+    if jobs.device == "cuda" and {"memory", "time"} & set(parts):
+        jobs.also("room for what autograd keeps", functools.partial(_make_room, plan))
     for passes in ("forward", "training"):
         for form in FORMS:
             if form == "lean_loop" and passes == "training":
@@ -302,33 +293,15 @@ def run(
             if form != "lean_loop":
                 job("time", f"time, {form}, {passes}", _time, form, passes)
     job("time", "the copy of block_indices", _copy)
-    start = time.perf_counter()
-    with _one_thread(device):
-        for text, function in steps(work, progress, lambda w: w[0]):
-            if time.perf_counter() - start > _LIMIT:
-                result.notes.append(f"{text}: left out, the run had taken {_LIMIT} s")
-                continue
-            try:
-                function()
-            except Exception as error:  # a part that fails costs its rows, not the others'
-                line = (str(error).strip().splitlines() or [""])[0][:200]
-                result.notes.append(f"{text}: {type(error).__name__}: {line}")
-            gc.collect()
-    if device == "cuda":
-        _release()
-    if device == "cuda" and plan["sizes"]["seq_len"] < NOTES["seq_len"]:
+    # torch keeps the room between the jobs: the driver is not asked for it again
+    result = jobs.run(progress, limit_s=_LIMIT, tidy=lambda failed: gc.collect())
+    _release_memory()
+    if jobs.device == "cuda" and plan["sizes"]["seq_len"] < NOTES["seq_len"]:
         result.notes.append(
             f"the loop ran at T = {plan['sizes']['seq_len']}: at {NOTES['seq_len']} autograd would "
             f"keep {_kept(NOTES) / 2**30:.0f} GiB, or the run is quick."
         )
     return result
-
-
-def _release() -> None:
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def _make_room(plan: dict[str, Any]) -> None:
@@ -340,7 +313,7 @@ def _make_room(plan: dict[str, Any]) -> None:
 
     from labkit.memory import free_memory
 
-    _release()
+    _release_memory()
     wanted = int(1.15 * _kept(plan["sizes"])) + 4 * 2**30
     torch.empty(min(wanted, int(0.85 * (free_memory("cuda") or 0))), dtype=torch.int8,
                 device="cuda")  # fmt: skip

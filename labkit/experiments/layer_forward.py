@@ -41,7 +41,8 @@ from typing import Any
 from labkit.errors import check_choice
 from labkit.experiments import Progress, Result, has_gpu
 from labkit.experiments import steps as each
-from labkit.experiments.flash_forward import _exact, _first_line, _timed
+from labkit.experiments._jobs import first_line
+from labkit.experiments.flash_forward import _exact, _timed
 from labkit.experiments.scaling import _graph, _one_thread, flat_until, kernels
 
 __all__ = [
@@ -243,7 +244,7 @@ def within_budget(
         try:
             do[part](*item)
         except Exception as error:  # one point fewer, not one record fewer
-            result.notes.append(f"{part} {item}: {_first_line(error)}")
+            result.notes.append(f"{part} {item}: {first_line(error)}")
         took = round(time.monotonic() - begin - spent, 2)
         result.rows.append({"part": "clock", "item": f"{part} {item}", "seconds": took})
         if torch.cuda.is_available():
@@ -403,7 +404,7 @@ def _forward(result: Result, plan: dict[str, Any], device: str, size: str, n: in
                 torch.cuda.synchronize()
             calls[name] = fn
         except Exception as error:
-            result.notes.append(f"{name}, {size}, N = {n}: {_first_line(error)}")
+            result.notes.append(f"{name}, {size}, N = {n}: {first_line(error)}")
     short = n <= 4096  # the GPU's part is all of a long call, and five of those take a second
     options = {"rep_ms": plan["rep_ms"], "warmup_ms": 5, "max_samples": _SAMPLES}
     options["min_samples"] = plan.get("min_samples", 7 if short else 4)
@@ -431,7 +432,7 @@ def _forward(result: Result, plan: dict[str, Any], device: str, size: str, n: in
             if ways:
                 _ways(result.rows[-1], fn)
         except Exception as error:
-            result.notes.append(f"launch, {name}, {size}, N = {n}: {_first_line(error)}")
+            result.notes.append(f"launch, {name}, {size}, N = {n}: {first_line(error)}")
     # kernels are kept where the figure of the gaps needs them
     for row in result.rows:
         if row["part"] == "launch" and row.get("seq_len") == n and not _drawn(row):

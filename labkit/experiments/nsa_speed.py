@@ -53,6 +53,7 @@ from typing import Any
 from labkit.errors import LabError, check_choice
 from labkit.experiments import Progress, Result, has_gpu
 from labkit.experiments import steps as each
+from labkit.experiments._jobs import first_line
 from labkit.nsa import model
 from labkit.nsa.model import PATTERNS, Shape
 
@@ -193,18 +194,13 @@ def run(
         try:
             do[part](result, plan, device, item)
         except Exception as error:  # one point fewer, not one record fewer
-            result.notes.append(f"{part} {item}: {_first_line(error)}")
+            result.notes.append(f"{part} {item}: {first_line(error)}")
         took = time.monotonic() - begin - spent
         result.rows.append({"part": "clock", "item": f"{part} {item}", "seconds": round(took, 2)})
         if device == "cuda":
             torch.cuda.empty_cache()
     _summarise(result)
     return result
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200] if text else ''}"
 
 
 # -- what is attended ------------------------------------------------------------------------------
@@ -297,7 +293,7 @@ def _dense_backend(result: Result, x: Mapping[str, Any]) -> str:
         try:
             _dense({name: x[name][:, :256].detach() for name in "qkv"}, backend)
         except RuntimeError as error:
-            result.notes.append(f"dense is not {backend}'s: {_first_line(error)}")
+            result.notes.append(f"dense is not {backend}'s: {first_line(error)}")
         else:
             return backend
     raise LabError("torch has no fused attention for these tensors.")
@@ -424,7 +420,7 @@ def _race(
             torch.cuda.synchronize()
         except Exception as error:
             del functions[name]
-            result.notes.append(f"{name} at {labels}: {_first_line(error)}")
+            result.notes.append(f"{name} at {labels}: {first_line(error)}")
             torch.cuda.empty_cache()
     times = _in_turns(functions, plan["rep_ms"]) if functions else {}
     for name, samples in times.items():
@@ -499,7 +495,7 @@ def _both(
             out = fn()
             backward[name] = _gradient(out, wanted, dout)
         except Exception as error:
-            result.notes.append(f"{name} with gradients at {labels}: {_first_line(error)}")
+            result.notes.append(f"{name} with gradients at {labels}: {first_line(error)}")
     found["backward"] = _race(result, plan, backward, {**labels, "pass": "backward"})
     return found
 
@@ -842,7 +838,7 @@ def _error(result: Result, plan: dict[str, Any], device: str, item: str) -> None
             dq, dk, dv = torch.autograd.grad(out, (q, k, v), do)
             found[who] = {"o": out.detach(), "dq": dq} | ({} if rows else {"dk": dk, "dv": dv})
         except Exception as error:
-            result.notes.append(f"error of {who}: {_first_line(error)}")
+            result.notes.append(f"error of {who}: {first_line(error)}")
     for who, tensors in found.items():
         for name, value in tensors.items():
             if name not in right:
@@ -987,7 +983,7 @@ def _counters(result: Result, plan: dict[str, Any], device: str, n: int) -> None
                 text=True, timeout=_TIMEOUT_S, check=False,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
-            result.notes.append(f"Counters not read: ncu did not finish ({_first_line(error)}).")
+            result.notes.append(f"Counters not read: ncu did not finish ({first_line(error)}).")
             return
         text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
         said = listed.read_text("utf-8").splitlines() if listed.is_file() else []

@@ -30,14 +30,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from labkit.errors import check_choice
-from labkit.experiments import Progress, Result, has_gpu, steps
-from labkit.experiments.scaling import _one_thread
+from labkit.experiments import Progress, Result
+from labkit.experiments._jobs import Jobs
 
 __all__ = ["CHAPTERS", "NEEDS_GPU", "PARTS", "TITLE", "returned_bytes", "run", "weights_bytes"]
 
@@ -132,17 +130,8 @@ def run(
         ``memory.n<N>.<returned|predicted|weights>``, ``rebuild.n<N>.<branch|total>.<time|peak>``,
         ``precision.<dtype>.<branch>`` and ``….rounded``.
     """
-    for part in parts:
-        check_choice("parts", part, PARTS)
-    device = device or ("cuda" if has_gpu() else "cpu")
-    plan = _plan(quick, device)
-    result = Result()
-    work: list[tuple[str, Callable[[], None]]] = []
-
-    def job(part: str, text: str, function: Callable, *args: Any) -> None:
-        if part in parts:
-            work.append((text, functools.partial(function, result, plan, device, *args)))
-
+    jobs = Jobs(_plan, quick, device, parts, PARTS)
+    job, plan = jobs.add, jobs.plan
     for case in plan["well"]:
         job("well", f"well timed, N = {case[0]}, {case[1]['heads']} heads", _well, *case)
     for case in plan["memory"]:
@@ -155,29 +144,7 @@ def run(
     # that compiles everything again is the last.
     for mode in plan["modes"]:
         job("naive", f"as the source times it, {mode}", _naive, mode)
-    start = time.perf_counter()
-    with _one_thread(device):
-        for text, function in steps(work, progress, lambda w: w[0]):
-            if time.perf_counter() - start > _LIMIT:
-                result.notes.append(f"{text}: left out, the run had taken {_LIMIT} s")
-                continue
-            try:
-                function()
-            except Exception as error:  # a part that fails costs its rows, not the others'
-                line = (str(error).strip().splitlines() or [""])[0][:200]
-                result.notes.append(f"{text}: {type(error).__name__}: {line}")
-            _release(device)
-    return result
-
-
-def _release(device: str) -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    return jobs.run(progress, limit_s=_LIMIT)
 
 
 def _inputs(n: int, sizes: dict[str, int], dtype: str, device: str) -> Any:

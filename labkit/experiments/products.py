@@ -41,7 +41,8 @@ from typing import Any
 
 from labkit.errors import check_choice
 from labkit.experiments import Progress, Result, has_gpu
-from labkit.experiments.flash_forward import _first_line, _timed
+from labkit.experiments._jobs import first_line
+from labkit.experiments.flash_forward import _timed
 from labkit.experiments.layer_forward import (
     CONFIGS,
     SIZES,
@@ -182,7 +183,7 @@ def _parts(result: Result, plan: dict[str, Any], device: str, size: str, n: int)
                 errors[name] = _distance(whole[name](), expected)
             except Exception as error:
                 whole.pop(name, None)
-                result.notes.append(f"{name}, {size}, N = {n}: {_first_line(error)}")
+                result.notes.append(f"{name}, {size}, N = {n}: {first_line(error)}")
         for launch in ("included", "hidden") if device == "cuda" else ("included",):
             timings = time_many(whole, launch=launch, **options)
             for name in whole:
