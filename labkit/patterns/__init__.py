@@ -29,6 +29,7 @@ _HOME = {
     "Pattern": "definitions",
     "PatternStatistics": "costs",
     "Random": "definitions",
+    "Reordered": "definitions",
     "Strided": "definitions",
     "clear_masks": "attention",
     "expected_block_density": "costs",

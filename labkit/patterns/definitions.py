@@ -45,6 +45,7 @@ __all__ = [
     "Local",
     "Pattern",
     "Random",
+    "Reordered",
     "Strided",
     "pattern",
 ]
@@ -106,9 +107,29 @@ class Pattern:
         """The same pattern drawn on a grid of ``block`` × ``block`` squares; see ``Blocked``."""
         return Blocked(self, block)
 
-    def order(self, seq_len: int) -> Any:
-        """An order of the tokens that brings together what sees each other, or None."""
+    def ahead(self, keys: int, device: Any = None) -> Callable[[Any, Any], Any]:
+        """What ``causal`` hides: whether the key at j lies ahead of the query at i."""
+        return lambda i, j: j > i
+
+    def order(self, seq_len: int) -> tuple[int, ...] | None:
+        """An order of the tokens that brings together what sees each other; None if unknown."""
         return None
+
+    def reordered(self, seq_len: int) -> Reordered:
+        """The same pattern over tokens in that order: as many scores, in fewer blocks.
+
+        Raises
+        ------
+        ArgumentError
+            if there is no such order.
+        """
+        tokens = self.order(seq_len)
+        if tokens is None:
+            raise ArgumentError(
+                "pattern", self, "has no order of its tokens that brings its scores together.",
+                "Draw it on a grid of blocks: pattern.in_blocks(128).",
+            )  # fmt: skip
+        return Reordered(self, tokens)
 
     # -- what it looks like, and what it costs ---------------------------------------------------
 
@@ -272,6 +293,9 @@ class Clustered(Pattern):
                 )  # fmt: skip
             _set(self, assignment=chosen, clusters=len(set(chosen)))
 
+    def __hash__(self) -> int:
+        return hash((self.clusters, self.seed, len(self.assignment or ())))
+
     def predicate(self, keys, device=None):
         if self.assignment is None:
             return lambda i, j: self.allowed(i, j, keys)
@@ -377,6 +401,46 @@ class Blocked(Pattern):
     def predicate(self, keys, device=None):
         inner = self.inner.predicate(-(-keys // self.block), device)
         return lambda i, j: inner(i // self.block, j // self.block)
+
+
+@dataclass(frozen=True)
+class Reordered(Pattern):
+    """A pattern over tokens that lie in another order; ``tokens[place]`` is who stands there.
+
+    Who sees whom stays: i and j are places here, and the inner pattern and ``causal`` are asked
+    about the tokens that stand there.
+    """
+
+    inner: Pattern
+    tokens: tuple[int, ...]
+    name: ClassVar[str] = "reordered"
+
+    @property
+    def sees_own(self) -> bool:
+        return self.inner.sees_own
+
+    def __hash__(self) -> int:
+        return hash((self.inner, len(self.tokens)))  # on each call: not over all tokens
+
+    def _at(self, keys: int, device: Any) -> Callable[[Any], Any]:
+        if keys != len(self.tokens):
+            raise ArgumentError(
+                "tokens", _short(self.tokens), f"orders {len(self.tokens)} tokens, of {keys}.",
+                "Reorder the pattern for this length: pattern.reordered(seq_len).",
+            )  # fmt: skip
+        table = _table(self.tokens, str(device or "cpu"))
+        return lambda place: table[place.clamp(0, keys - 1)]
+
+    def predicate(self, keys, device=None):
+        at, inner = self._at(keys, device), self.inner.predicate(keys, device)
+        return lambda i, j: inner(at(i), at(j))
+
+    def allowed(self, i, j, keys=None):
+        return self.inner.allowed(self.tokens[i], self.tokens[j], keys or len(self.tokens))
+
+    def ahead(self, keys, device=None):
+        at = self._at(keys, device)
+        return lambda i, j: at(j) > at(i)
 
 
 #: name → class, with defaults for every parameter

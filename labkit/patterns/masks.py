@@ -30,10 +30,11 @@ def visible(
 ) -> Callable[[Any, Any], Any]:
     """A function of query number and key number: pattern and causality together."""
     seen, offset = which.predicate(seq_len_k, device), seq_len_k - seq_len_q
+    ahead = which.ahead(seq_len_k, device)
 
     def see(t, j):
         i = t + offset
-        return seen(i, j) & (j <= i) if causal else seen(i, j)
+        return seen(i, j) & ~ahead(i, j) if causal else seen(i, j)
 
     return see
 

@@ -1,0 +1,511 @@
+r"""Masks: time and bytes at equal density, dense work under a mask against blocks left out.
+
+Parts, each of which may be missing from a result with the reason among its notes:
+
+``blocks``
+    how many blocks a random pattern touches, against the share of scores it keeps: counted, and
+    by :math:`1 - (1 - p)^{b^2}`.
+``density``
+    every pattern at about the same share of scores, as it is and drawn on a grid of blocks: naive
+    and SDPA under a matrix, FlexAttention, and for the local one our kernel with a window; dense
+    causal attention as the yardstick.
+``lengths``
+    a local window of fixed width by each way, against N.
+``sorted``
+    clusters whose tokens are brought together first, the gathers included.
+
+Times are of one implementation beside the others in turns.  ``peak`` is what a call holds beyond
+its inputs and beyond the matrix or lists that were made before (``mask_bytes``).  ``error`` is
+relative to float64, over some rows of the last head: of O, and of dQ where there is a backward
+pass.  On a CPU ``blocks`` stands for the kernels.
+
+Taught in chapter 11 (a mask saves nothing).  Claim C25.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from labkit.errors import check_choice
+from labkit.experiments import Progress, Result, has_gpu
+from labkit.experiments import steps as each
+
+__all__ = ["CHAPTERS", "NEEDS_GPU", "TITLE", "at_density", "run"]
+
+TITLE = "Masks: dense work under a mask against blocks left out, at equal density"
+CHAPTERS = ("11",)
+NEEDS_GPU = False
+
+#: seconds after which a full run measures nothing more
+LIMIT_S = 85.0
+_SAMPLES = 15
+_PASSES = ("forward", "both")
+NAMES = ("local", "strided", "random", "clustered", "hierarchical")
+
+
+def at_density(name: str, density: float, seq_len: int, *, block: int | None = None) -> Any:
+    """The pattern of that name with about so many of the scores of causal attention.
+
+    Parameters
+    ----------
+    name : one of the five.
+    density : share of the N(N + 1)/2 scores that dense causal attention has.
+    block : draw it on a grid of blocks.
+
+    Returns
+    -------
+    Pattern
+        its number nearest to the density, found by counting; at least one key or block beside
+        the own where the pattern has such a number.
+    """
+    from labkit.patterns import Clustered, Hierarchical, Local, Random, Strided
+
+    check_choice("name", name, NAMES)
+    n = seq_len if block is None else math.ceil(seq_len / block)
+    if name == "strided":
+        made = Strided(max(1, round(1 / density)))
+    elif name == "clustered":
+        made = Clustered(max(1, round(1 / density)), seed=1)
+    elif name == "random":
+        # the own key comes on top, 2/N of a causal row's keys on average
+        made = Random(max(1, round(n * density - 2)), seed=1)
+    else:
+
+        def far_enough(window: int) -> Any:
+            return Hierarchical(window, max(1, math.ceil(math.log2(n / window))))
+
+        made = _nearest(Local if name == "local" else far_enough, density, n)
+    return made if block is None else made.in_blocks(block)
+
+
+def _nearest(make: Callable[[int], Any], density: float, n: int) -> Any:
+    """Of ``make(width)`` the one whose causal density is nearest, by bisection on the width."""
+    low, high = 1, n
+
+    def share(width: int) -> float:
+        # Both patterns keep a number of keys that depends on the distance only, or nearly so:
+        # the last row and the average over rows are known from its keys, without all N² scores.
+        import torch
+
+        distance = torch.arange(n)
+        kept = make(width).allowed(torch.tensor(n - 1), n - 1 - distance, n).double()
+        return ((n - distance) * kept).sum().item() / (n * (n + 1) / 2)
+
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if share(middle) < density else (low, middle)
+    below = max(1, low - 1)
+    return make(min((below, low), key=lambda width: abs(share(width) - density)))
+
+
+# -- the plan ------------------------------------------------------------------------------------
+
+
+def _plan(quick: bool, device: str) -> dict[str, Any]:
+    if device == "cpu":
+        return {
+            "shape": {"batch": 1, "heads": 1, "head_dim": 32, "dtype": "float32"},
+            "seq_len": 512, "density": 0.05, "block": 32, "names": ("local", "random"),
+            "window": 32, "lengths": (256, 512), "hows": ("naive", "sdpa", "blocks"),
+            "rep_ms": 10, "passes": ("forward",), "counted": 512, "per_row": (1, 4, 26),
+            "deep": ("local",), "limit_s": 20.0,
+        }  # fmt: skip
+    import torch
+
+    half = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
+    plan = {
+        "shape": {"batch": 1, "heads": 16, "head_dim": 64, "dtype": half},
+        "seq_len": 16384, "density": 0.05, "block": 128, "names": NAMES, "window": 256,
+        "lengths": (2048, 4096, 8192, 16384, 32768), "hows": ("naive", "sdpa", "flex", "window"),
+        "rep_ms": 40, "passes": _PASSES, "counted": 4096, "per_row": (1, 2, 4, 8, 16, 32, 205),
+        "deep": ("local", "random", "random_blocks"), "limit_s": LIMIT_S,
+    }  # fmt: skip
+    if quick:
+        plan |= {
+            "seq_len": 4096, "names": ("local", "random"), "lengths": (1024, 4096), "rep_ms": 20,
+            "passes": ("forward",), "limit_s": 40.0,
+        }  # fmt: skip
+    return plan
+
+
+def _work(plan: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Parts and items, the most wanted first: what the time does not suffice for is the rest."""
+    yield "blocks", None
+    yield "yardstick", None
+    grains = [name + grain for grain in ("", "_blocks") for name in plan["names"]]
+    for name in sorted(grains, key=lambda n: (n not in plan["deep"], grains.index(n))):
+        yield "density", name
+    if "clustered" in plan["names"]:
+        yield "sorted", "clustered"
+    for n in plan["lengths"]:
+        yield "lengths", n
+
+
+# -- running -------------------------------------------------------------------------------------
+
+
+def run(*, quick: bool, device: str | None = None, progress: Progress | None = None) -> Result:
+    """Measure what this device can.
+
+    Parameters
+    ----------
+    quick, device, progress : as for every experiment.
+
+    Returns
+    -------
+    Result
+        ``results``: ``density_<pattern>``, ``touched_<pattern>`` (share of dense attention's
+        blocks), ``time_<pattern>_<how>_<pass>``, ``peak_…``, ``speedup_…`` (over dense causal
+        attention by our kernel, on a CPU by SDPA), ``mask_bytes_<pattern>_<how>``;
+        ``time_dense_<how>_<pass>``; ``length_<how>_<pass>_n<N>`` and ``length_peak_…``;
+        ``random_counted_b<block>_k<keys a row>`` and ``random_expected_…``;
+        ``difference_dense_n<N>``: how far dense attention is from local.  A pattern is one of
+        the five, with ``_blocks`` if drawn on a grid, or ``clustered_sorted``; a pass is
+        ``forward`` or ``both``.
+        ``rows``: one per measured function.
+    """
+    import torch
+
+    device = check_choice("device", device or ("cuda" if has_gpu() else "cpu"), ("cuda", "cpu"))
+    plan = _plan(quick, device)
+    result = Result()
+    measure = {
+        "blocks": _blocks, "yardstick": _yardstick, "density": _density, "sorted": _sorted,
+        "lengths": _lengths,
+    }  # fmt: skip
+    begin = time.perf_counter()
+    for part, item in each(list(_work(plan)), progress, lambda w: f"{w[0]} {w[1] or ''}"):
+        if time.perf_counter() - begin > plan["limit_s"]:
+            result.notes.append(f"{part} {item}: left out, {plan['limit_s']:.0f} s had passed")
+            continue
+        torch.manual_seed(0)  # per item: the same numbers whatever was left out before
+        start = time.perf_counter()
+        try:
+            measure[part](result, plan, device, item)
+        except Exception as error:  # one point fewer, not one record fewer
+            result.notes.append(f"{part} {item}: {_first_line(error)}")
+        _release(device)
+        result.rows.append({"part": "clock", "what": f"{part} {item or ''}".strip(),
+                            "seconds": round(time.perf_counter() - start, 2)})  # fmt: skip
+    _summarise(result, plan, device)
+    return result
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200] if text else ''}"
+
+
+def _release(device: str) -> None:
+    import torch
+
+    from labkit.patterns import clear_masks
+
+    clear_masks()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _blocks(result: Result, plan: dict[str, Any], device: str, _: None) -> None:
+    """How soon random scores touch every block."""
+    from labkit.patterns import Random, expected_block_density
+
+    n, fine = plan["counted"], 16
+    for per_row in plan["per_row"]:
+        touched = Random(per_row, seed=1).blocks(n, fine, device=device) > 0
+        for block in (16, 64, 128):
+            many, share = block // fine, per_row / n
+            found = touched.unflatten(0, (-1, many)).unflatten(2, (-1, many)).any(3).any(1)
+            row = {"part": "blocks", "seq_len": n, "block": block, "per_row": per_row}
+            row |= {"share": share, "counted": found.double().mean().item()}
+            result.rows.append(row | {"expected": expected_block_density(share, block)})
+
+
+def _draw(plan: dict[str, Any], n: int, device: str) -> tuple[Any, ...]:
+    """q, k, v and the gradient of O, ``[batch, heads, n, head_dim]``."""
+    import torch
+
+    from labkit.dtypes import torch_dtype
+
+    s = plan["shape"]
+    made = {"device": device, "dtype": torch_dtype(s["dtype"])}
+    return tuple(torch.randn(s["batch"], s["heads"], n, s["head_dim"], **made) for _ in range(4))
+
+
+def _dense(name: str, q, k, v):
+    import torch
+
+    if name == "flash":
+        from labkit.flash import flash_attention
+
+        return flash_attention(q, k, v, causal=True)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _yardstick(result: Result, plan: dict[str, Any], device: str, _: None) -> None:
+    """Dense causal attention at the main size."""
+    from labkit.patterns import Local
+
+    n = plan["seq_len"]
+    names = ("flash", "sdpa") if device == "cuda" else ("sdpa",)
+    functions = {name: functools.partial(_dense, name) for name in names}
+    labels = {"part": "density", "pattern": "dense", "seq_len": n, "causal": True}
+    everything = Local(n)  # sees all: the oracle of dense attention
+    _race(result, plan, device, functions, labels, everything, "dense")
+
+
+def _density(result: Result, plan: dict[str, Any], device: str, name: str) -> None:
+    """One pattern by each way."""
+    n, block = plan["seq_len"], plan["block"]
+    base, _, grid = name.partition("_")
+    which = at_density(base, plan["density"], n, block=block if grid else None)
+    labels = {"part": "density", "pattern": name, "seq_len": n, "causal": True}
+    # The matrix ways do not look at what the matrix holds; two patterns show that.
+    hows = [
+        how for how in plan["hows"]
+        if (how != "window" or (base == "local" and not grid))
+        and (how not in ("naive", "sdpa") or name in plan["deep"] or device == "cpu")
+    ]  # fmt: skip
+    passes = plan["passes"] if name in plan["deep"] else ("forward",)
+    _all_hows(result, plan, device, hows, labels, which, passes)
+
+
+def _sorted(result: Result, plan: dict[str, Any], device: str, name: str) -> None:
+    n = plan["seq_len"]
+    which = at_density(name, plan["density"], n)
+    labels = {"part": "density", "pattern": f"{name}_sorted", "seq_len": n, "causal": True}
+    how = "flex" if "flex" in plan["hows"] else "blocks"
+    _all_hows(result, plan, device, [how], labels, which, ("forward",), reorder=True)
+
+
+def _lengths(result: Result, plan: dict[str, Any], device: str, n: int) -> None:
+    """A window of fixed width, and dense attention beside it."""
+    from labkit.patterns import Local
+
+    which = Local(plan["window"])
+    labels = {"part": "lengths", "pattern": "local", "seq_len": n, "causal": True}
+    hows = [how for how in plan["hows"] if how != "naive" or n <= 16384]
+    if device == "cuda":
+        # Compiling costs seconds for each length and says nothing new between the ends.
+        ends = (plan["lengths"][0], plan["lengths"][-1])
+        hows = [how for how in hows if how != "flex" or n in ends]
+    dense = {"dense": functools.partial(_dense, "flash" if device == "cuda" else "sdpa")}
+    # Backward by flex would be compiled at each length again.
+    _all_hows(result, plan, device, hows, labels, which, ("forward",), more=dense)
+    rest = [how for how in hows if how != "flex"]
+    if "both" in plan["passes"]:
+        _all_hows(result, plan, device, rest, labels, which, ("both",), more=dense)
+
+
+def _all_hows(
+    result, plan, device, hows, labels, which, passes, *, reorder: bool = False, more=None
+) -> None:
+    from labkit.patterns import pattern_attention
+
+    functions = dict(more or {})
+    for how in hows:
+        functions[how] = functools.partial(
+            _through, pattern_attention, which, how, plan["block"], reorder
+        )
+    _race(result, plan, device, functions, labels, which, *passes)
+
+
+def _through(attend, which, how, block, reorder, q, k, v):
+    return attend(q, k, v, which, how=how, causal=True, block=block, reorder=reorder)
+
+
+def _race(result, plan, device, functions, labels, which, *passes) -> None:
+    """Check each function, weigh it, time all that ran in turns; a row for each."""
+    import torch
+
+    n = labels["seq_len"]
+    if passes == ("dense",):
+        passes = plan["passes"]
+    stats = _statistics(which, n, plan, device)
+    q, k, v, dout = _draw(plan, n, device)
+    for what in passes:
+        leaves = [x.detach().requires_grad_(what == "both") for x in (q, k, v)]
+        truth = _oracle(which, q, k, v, dout, what)
+        calls, found = {}, {}
+        for name, fn in functions.items():
+            call = functools.partial(_forward if what == "forward" else _both, fn, leaves, dout)
+            start = time.perf_counter()
+            try:
+                found[name] = {"error": _error(call(), truth, what)}
+                found[name]["first_s"] = round(time.perf_counter() - start, 2)
+                found[name]["mask_bytes"] = (
+                    0 if labels["pattern"] == "dense" else _mask_bytes(which, name, n, plan, device)
+                )
+                found[name]["peak"] = _peak(call, device)
+            except torch.OutOfMemoryError as error:
+                result.notes.append(f"{name} {what} at {labels}: {_first_line(error)}")
+                _release(device)
+                continue
+            except Exception as error:
+                result.notes.append(f"{name} {what} at {labels}: {_first_line(error)}")
+                continue
+            calls[name] = call
+        _time(result, plan, calls, found, labels | {"pass": what}, stats)
+
+
+def _forward(fn, leaves, dout):
+    import torch
+
+    with torch.no_grad():
+        return fn(*leaves)
+
+
+def _both(fn, leaves, dout):
+    import torch
+
+    return torch.autograd.grad(fn(*leaves), leaves, dout)[0]
+
+
+def _time(result, plan, calls, found, labels, stats) -> None:
+    from statistics import median
+
+    from labkit.timing import time_many
+
+    if not calls:
+        return
+    timings = time_many(
+        calls, warmup_ms=plan["rep_ms"] / 4, rep_ms=plan["rep_ms"], max_samples=_SAMPLES
+    )
+    for name in calls:
+        samples = [round(s, 6) for s in timings[name].samples_ms]
+        row = {**labels, **plan["shape"], "name": name, **found[name], **stats}
+        cost = _cost_name(name, labels["pattern"])
+        row |= {key: value for key, value in stats["costs"][cost].items()}
+        row.pop("costs")
+        row |= {"median_ms": median(samples), "samples_ms": samples}
+        result.rows.append(row | {"method": timings[name].method})
+
+
+def _cost_name(how: str, pattern: str) -> str:
+    """Under which name the model of costs has it."""
+    if pattern == "dense" or how == "dense":
+        return "dense"
+    return {"naive": "naive", "sdpa": "sdpa"}.get(how, "blocks")
+
+
+def _statistics(which, n: int, plan: dict[str, Any], device: str) -> dict[str, Any]:
+    """What of a pattern's statistics a row holds."""
+    from dataclasses import asdict
+
+    s = which.statistics(n, block=plan["block"], causal=True, device=device, **plan["shape"])
+    return {
+        "made": repr(which)[:200], "block": s.block, "density": s.density,
+        "block_density": s.block_density, "full": s.full, "partial": s.partial,
+        "useful_flops": s.useful_flops, "costs": {k: asdict(c) for k, c in s.costs.items()},
+    }  # fmt: skip
+
+
+def _mask_bytes(which, how: str, n: int, plan: dict[str, Any], device: str) -> int:
+    """What is made once and kept: the matrix, or the lists of blocks."""
+    from labkit.patterns.masks import block_mask_bytes
+
+    if how in ("naive", "sdpa"):
+        return n * n
+    if how == "flex":
+        made = which.block_mask(n, causal=True, device=device, block=plan["block"])
+        return block_mask_bytes(made)
+    return 0
+
+
+def _peak(call: Callable, device: str) -> int | None:
+    """Bytes that torch's allocator handed out at most beyond what there was before the call."""
+    import torch
+
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    torch.cuda.reset_peak_memory_stats()
+    out = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+    del out
+    return peak
+
+
+# -- the truth -----------------------------------------------------------------------------------
+
+
+def _oracle(which, q, k, v, dout, what: str):
+    """In float64, of 64 rows of the last head: their numbers, and O or dQ there."""
+    import torch
+
+    n = q.shape[2]
+    rows = torch.linspace(0, n - 1, min(64, n), device=q.device).long()
+    q64, dout64 = (x[-1, -1, rows].double() for x in (q, dout))
+    k64, v64 = (x[-1, -1].double() for x in (k, v))
+    j = torch.arange(n, device=q.device)[None, :]
+    seen = which.predicate(n, q.device)(rows[:, None], j) & (j <= rows[:, None])
+    s = (q64 @ k64.mT * q.shape[3] ** -0.5).masked_fill(~seen, float("-inf"))
+    p = torch.softmax(s, -1)
+    if what == "forward":
+        return rows, p @ v64
+    dp = dout64 @ v64.mT
+    ds = p * (dp - (dp * p).sum(-1, keepdim=True))
+    return rows, ds @ k64 * q.shape[3] ** -0.5
+
+
+def _error(out, truth, what: str) -> float:
+    """‖· − float64‖ / ‖float64‖ over the oracle's rows."""
+    rows, expected = truth
+    difference = out[-1, -1, rows].double() - expected
+    return (difference.norm() / expected.norm()).item()
+
+
+# -- what pages quote ------------------------------------------------------------------------------
+
+
+def _summarise(result: Result, plan: dict[str, Any], device: str) -> None:
+    for row in result.select(part="blocks"):
+        key = f"b{row['block']}_k{row['per_row']}"
+        how = f"blocks of {row['block']} touched by {row['per_row']} random keys a row, of "
+        how += f"{row['seq_len']}"
+        result.add(f"random_counted_{key}", row["counted"], "1", how)
+        result.add(f"random_expected_{key}", row["expected"], "1", f"1 − (1 − p)^(b²): {how}")
+    s = plan["shape"]
+    size = f"batch {s['batch']}, {s['heads']} heads, head_dim {s['head_dim']}, {s['dtype']}, causal"
+    yard = "flash" if device == "cuda" else "sdpa"
+    dense = {
+        row["pass"]: row["median_ms"]
+        for row in result.select(part="density", pattern="dense", name=yard)
+    }
+    seen = set()
+    for row in result.select(part="density"):
+        name, how, what = row["pattern"], row["name"], row["pass"]
+        at = f"{row['made']}, seq_len {row['seq_len']}, {size}"
+        if name not in seen and name != "dense":
+            seen.add(name)
+            result.add(f"density_{name}", row["density"], "1", f"scores seen over dense; {at}")
+            result.add(f"touched_{name}", row["block_density"], "1",
+                       f"blocks of {row['block']} touched over dense; {at}")  # fmt: skip
+        key, at = f"{name}_{how}_{what}", f"{how}, {what}; {at}"
+        if name == "dense":
+            at = f"dense causal, {how}, {what}; seq_len {row['seq_len']}, {size}"
+        result.add(f"time_{key}", row["median_ms"] / 1e3, "s", f"median; {at}")
+        if row.get("peak") is not None:
+            result.add(f"peak_{key}", row["peak"], "bytes", f"peak beyond the inputs; {at}")
+        if row["mask_bytes"] and what == "forward":
+            result.add(f"mask_bytes_{name}_{how}", row["mask_bytes"], "bytes", f"kept; {at}")
+        if what in dense and name != "dense":
+            result.add(f"speedup_{key}", dense[what] / row["median_ms"], "1",
+                       f"time of dense causal attention ({yard}) over this; {at}")  # fmt: skip
+    for row in result.select(part="lengths"):
+        if row["name"] == "dense" and row["pass"] == "forward":
+            at = f"‖dense − local‖ / ‖local‖ of O; {row['made']}, seq_len {row['seq_len']}, {size}"
+            result.add(f"difference_dense_n{row['seq_len']}", row["error"], "1", at)
+        key = f"{row['name']}_{row['pass']}_n{row['seq_len']}"
+        at = f"{row['name']}, {row['pass']}; {row['made']}, seq_len {row['seq_len']}, {size}"
+        result.add(f"length_{key}", row["median_ms"] / 1e3, "s", f"median; {at}")
+        if row.get("peak") is not None:
+            result.add(f"length_peak_{key}", row["peak"], "bytes", f"peak beyond the inputs; {at}")
