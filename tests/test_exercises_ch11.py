@@ -43,54 +43,52 @@ def padded_map(seen, block):
     return good_map(padded, block)
 
 
-def good_tiles(
-    Q, K, V, seen, tiles, scale, block, *, mask=True, blind=True, skip=True, ragged=True
+def good_lists(
+    Q, K, V, count, index, seen, scale, block, *, mask=True, blind=True, all_of_them=False
 ):
+    """Gather the keys of a row's tiles."""
     O = torch.zeros(len(Q), V.shape[1], dtype=Q.dtype)  # noqa: E741
-    for r in range(len(tiles)):
-        rows = slice(r * block, (r + 1) * block)
-        columns = [c for c in range(len(tiles)) if tiles[r, c] or not skip]
-        if not columns:
+    for r in range(len(count)):
+        i = torch.arange(r * block, min((r + 1) * block, len(Q)))
+        tiles = index[r] if all_of_them else index[r, : count[r]]
+        keys = [torch.arange(c * block, min((c + 1) * block, len(K))) for c in tiles.tolist()]
+        if not keys:
             continue
-        keys = torch.cat([torch.arange(c * block, min((c + 1) * block, len(K))) for c in columns])
-        S = Q[rows] @ K[keys].T * scale
+        j = torch.cat(keys)
+        S = Q[i] @ K[j].T * scale
         if mask:
-            S = S.masked_fill(~seen[rows][:, keys], -torch.inf)
+            S = S.masked_fill(~seen(i[:, None], j), -torch.inf)
         P = torch.softmax(S, dim=-1)
-        O[rows] = (P.nan_to_num(0.0) if blind else P) @ V[keys]
+        O[i] = (P.nan_to_num(0.0) if blind else P) @ V[j]
     return O
 
 
-def online_tiles(Q, K, V, seen, tiles, scale, block):
+def online_lists(Q, K, V, count, index, seen, scale, block):
     """One tile at a time, with the merge of chapter 07."""
     O = torch.zeros(len(Q), V.shape[1], dtype=Q.dtype)  # noqa: E741
-    for r in range(len(tiles)):
-        rows = slice(r * block, (r + 1) * block)
-        q = Q[rows]
-        m = torch.full((len(q), 1), -1e30, dtype=Q.dtype)
-        total, acc = torch.zeros_like(m), torch.zeros(len(q), V.shape[1], dtype=Q.dtype)
-        for c in range(len(tiles)):
-            if not tiles[r, c]:
-                continue
-            cols = slice(c * block, (c + 1) * block)
-            s = q @ K[cols].T * scale
-            if tiles[r, c] == 1:
-                s = s.masked_fill(~seen[rows, cols], -torch.inf)
+    for r in range(len(count)):
+        i = torch.arange(r * block, min((r + 1) * block, len(Q)))
+        m = torch.full((len(i), 1), -1e30, dtype=Q.dtype)
+        total, acc = torch.zeros_like(m), torch.zeros(len(i), V.shape[1], dtype=Q.dtype)
+        for c in index[r, : count[r]].tolist():
+            j = torch.arange(c * block, min((c + 1) * block, len(K)))
+            s = (Q[i] @ K[j].T * scale).masked_fill(~seen(i[:, None], j), -torch.inf)
             new = torch.maximum(m, s.amax(1, keepdim=True))
             p, alpha = torch.exp(s - new), torch.exp(m - new)
-            total, acc, m = total * alpha + p.sum(1, keepdim=True), acc * alpha + p @ V[cols], new
-        O[rows] = acc / torch.where(total > 0, total, 1.0)
+            total, acc, m = total * alpha + p.sum(1, keepdim=True), acc * alpha + p @ V[j], new
+        O[i] = acc / torch.where(total > 0, total, 1.0)
     return O
 
 
-def dense(Q, K, V, seen, tiles, scale, block):
-    S = (Q @ K.T * scale).masked_fill(~seen, -torch.inf)
+def dense(Q, K, V, count, index, seen, scale, block):
+    i, j = torch.arange(len(Q))[:, None], torch.arange(len(K))
+    S = (Q @ K.T * scale).masked_fill(~seen(i, j), -torch.inf)
     return torch.softmax(S, -1).nan_to_num(0.0) @ V
 
 
-def dense_without_poison(Q, K, V, seen, tiles, scale, block):
+def dense_without_poison(Q, K, V, *rest):
     """Right to the bit, and N × N."""
-    return dense(Q, K.nan_to_num(0.0), V.nan_to_num(0.0), seen, tiles, scale, block)
+    return dense(Q, K.nan_to_num(0.0), V.nan_to_num(0.0), *rest)
 
 
 def good_added(n, window):
@@ -104,8 +102,8 @@ GOOD = [
     (ch11.window_blocks, good_window),
     (ch11.tile_map, good_map),
     (ch11.tile_map, lambda *a: good_map(*a).to(torch.int8)),
-    (ch11.attention_by_tiles, good_tiles),
-    (ch11.attention_by_tiles, online_tiles),
+    (ch11.attention_from_lists, good_lists),
+    (ch11.attention_from_lists, online_lists),
     (ch11.added_scores, good_added),
     (ch11.added_scores, lambda n, w: sum(max(0, t - w + 1) for t in range(n))),
 ]
@@ -146,15 +144,15 @@ BAD = [
     (ch11.tile_map, padded_map, "scores that exist"),
     (ch11.tile_map, lambda s, b: good_map(s, b) * 0, "tiles differ"),
     (ch11.tile_map, lambda s, b: good_map(s, b).tolist(), "tensor"),
-    (ch11.attention_by_tiles, lambda *a: good_tiles(*a, mask=False), "score by score"),
-    (ch11.attention_by_tiles, lambda *a: good_tiles(*a, blind=False), "sees nothing"),
-    (ch11.attention_by_tiles, lambda *a: good_tiles(*a, skip=False), "0 in the list|all 12"),
-    (ch11.attention_by_tiles, dense, "all 12"),
-    (ch11.attention_by_tiles, dense_without_poison, "all 12"),
-    (ch11.attention_by_tiles, lambda *a: good_tiles(*a[:5], 1.0, a[6]), "multiplied by scale"),
-    (ch11.attention_by_tiles, lambda *a: good_tiles(*a)[:, :1], "shape"),
-    (ch11.attention_by_tiles, lambda *a: -good_tiles(*a), "differs"),
-    (ch11.attention_by_tiles, lambda *a: 0.0, "tensor"),
+    (ch11.attention_from_lists, lambda *a: good_lists(*a, mask=False), r"ask seen\(i, j\)"),
+    (ch11.attention_from_lists, lambda *a: good_lists(*a, blind=False), "sees nothing"),
+    (ch11.attention_from_lists, lambda *a: good_lists(*a, all_of_them=True), "count|all 12"),
+    (ch11.attention_from_lists, dense, "all 12"),
+    (ch11.attention_from_lists, dense_without_poison, "all 12"),
+    (ch11.attention_from_lists, lambda *a: good_lists(*a[:6], 1.0, a[7]), "multiplied by scale"),
+    (ch11.attention_from_lists, lambda *a: good_lists(*a)[:, :1], "shape"),
+    (ch11.attention_from_lists, lambda *a: -good_lists(*a), "differs"),
+    (ch11.attention_from_lists, lambda *a: 0.0, "tensor"),
     (ch11.added_scores, lambda n, w: (n - w) * (n - w + 1) // 2, "loses nothing"),
     (ch11.added_scores, lambda n, w: good_added(n - 1, w), "first to lose"),
     (ch11.added_scores, lambda n, w: good_added(n + 1, w), "still sees everything"),
@@ -175,7 +173,7 @@ def test_skeletons_are_not_errors(capsys):
     def skeleton(*args): ...
 
     graders = [
-        ch11.expected_block_density, ch11.window_blocks, ch11.tile_map, ch11.attention_by_tiles,
+        ch11.expected_block_density, ch11.window_blocks, ch11.tile_map, ch11.attention_from_lists,
         ch11.added_scores,
     ]  # fmt: skip
     for grader in graders:

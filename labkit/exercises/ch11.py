@@ -9,7 +9,7 @@ from labkit.exercises import call, exercise, expect, expect_number
 
 __all__ = [
     "added_scores",
-    "attention_by_tiles",
+    "attention_from_lists",
     "expected_block_density",
     "tile_map",
     "window_blocks",
@@ -139,28 +139,24 @@ def tile_map(answer: Any) -> str:
     return "three kinds of tiles: skipped, computed and masked, computed as it is."
 
 
-@exercise("Attention that skips tiles")
-def attention_by_tiles(answer: Any) -> str:
-    """Grade ``attention_by_tiles(Q, K, V, seen, tiles, scale, block)``: one head, square tiles."""
+@exercise("FlexAttention in ten lines")
+def attention_from_lists(answer: Any) -> str:
+    """Grade ``attention_from_lists(Q, K, V, count, index, seen, scale, block)``, one head."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     generator = torch.Generator().manual_seed(3)
     for n, d, dv, block in ((12, 4, 3, 4), (16, 5, 4, 4), (15, 4, 4, 4)):
         i, j = torch.arange(n)[:, None], torch.arange(n)[None, :]
-        seen = (j <= i) & ((i - j < 3) | (torch.rand(n, n, generator=generator) < 0.06))
-        seen[1] = False  # this query sees nothing
+        mask = (j <= i) & ((i - j < 3) | (torch.rand(n, n, generator=generator) < 0.06))
+        mask[1] = False  # this query sees nothing
         if n == 16:
-            seen[:, 4:8] = False  # a column of tiles that nobody looks at
-        rows = -(-n // block)
-        tiles = torch.zeros(rows, rows, dtype=torch.long)
-        for r in range(rows):
-            for c in range(rows):
-                tile = seen[r * block : (r + 1) * block, c * block : (c + 1) * block]
-                tiles[r, c] = int(tile.any()) + int(tile.all())
+            mask[:, 4:8] = False  # a column of tiles that nobody looks at
+            mask[4:8] = False  # and a row of tiles without any
+        count, index = _lists(mask, block)
         q, k, v = _random(n, d), _random(n, d, seed=12), _random(n, dv, seed=13) + 1
         scale = 0.7
-        s = (q @ k.T * scale).masked_fill(~seen, -torch.inf)
+        s = (q @ k.T * scale).masked_fill(~mask, -torch.inf)
         right = torch.softmax(s, -1).nan_to_num(0.0) @ v
         square = False
 
@@ -169,18 +165,22 @@ def attention_by_tiles(answer: Any) -> str:
                 nonlocal square
                 made = func(*args, **(kwargs or {}))
                 view = any(r.alias_info for r in func._schema.returns)
-                if isinstance(made, torch.Tensor) and not view and made.is_floating_point():
+                if isinstance(made, torch.Tensor) and not view:
                     square |= [*made.shape[-2:]] == [n, n]  # noqa: B023
                 return made
 
-        # keys and values of a tile that must be skipped are poison
-        bad = q.clone(), k.clone(), v.clone()
-        unused = [c for c in range(rows) if not tiles[:, c].any()]
-        for c in unused:
-            bad[1][c * block : (c + 1) * block] = torch.nan
-            bad[2][c * block : (c + 1) * block] = torch.nan
+        # keys and values that no list names are poison
+        poisoned = k.clone(), v.clone()
+        named = {int(c) for r in range(len(count)) for c in index[r, : count[r]]}
+        for c in set(range(index.shape[1])) - named:
+            for x in poisoned:
+                x[c * block : (c + 1) * block] = torch.nan
+
+        def seen(i, j):
+            return mask[i, j]  # noqa: B023
+
         with torch.no_grad(), Sizes():
-            got = call(answer, *bad, seen.clone(), tiles.clone(), scale, block)
+            got = call(answer, q.clone(), *poisoned, count, index, seen, scale, block)
         where = f"for {n} tokens, tiles of {block} × {block}: "
         expect(isinstance(got, torch.Tensor), f"{where}O should be a tensor.")
         expect(
@@ -193,21 +193,24 @@ def attention_by_tiles(answer: Any) -> str:
         )
         expect(
             not got.isnan().any(),
-            f"{where}there is NaN in O. It stands in keys of a tile that is 0 in the list: skip "
-            "it, since 0 · NaN is NaN.",
+            f"{where}there is NaN in O. It stands in keys that no list names: row r of index holds "
+            "count[r] tiles, and what follows is not for you. (0 · NaN is NaN.)",
         )
         expect(
             not square,
             f"{where}a tensor of all {n} × {n} scores was made. Take one block of queries, and of "
-            "the keys only the tiles that it touches.",
+            "the keys only the tiles in its list.",
         )
         dense = torch.softmax(q @ k.T * scale, -1) @ v
-        by_tile = (tiles > 0).repeat_interleave(block, 0).repeat_interleave(block, 1)[:n, :n]
-        loose = torch.softmax((q @ k.T * scale).masked_fill(~by_tile, -torch.inf), -1) @ v
-        bare = torch.softmax((q @ k.T).masked_fill(~seen, -torch.inf), -1).nan_to_num(0.0) @ v
+        rows = torch.zeros(len(count), index.shape[1], dtype=torch.bool)
+        for r, many in enumerate(count):
+            rows[r, index[r, :many].long()] = True
+        whole = rows.repeat_interleave(block, 0).repeat_interleave(block, 1)[:n, :n]
+        loose = torch.softmax((q @ k.T * scale).masked_fill(~whole, -torch.inf), -1)
+        bare = torch.softmax((q @ k.T).masked_fill(~mask, -torch.inf), -1).nan_to_num(0.0) @ v
         mistakes = [
             (dense, "that is dense attention"),
-            (loose, "a tile that is 1 is masked, score by score"),
+            (loose.nan_to_num(0.0) @ v, "ask seen(i, j) for each score of a tile"),
             (bare, "the scores are multiplied by scale"),
         ]
         why = next((t for wrong, t in mistakes if torch.allclose(got, wrong, atol=1e-9)), "")
@@ -215,7 +218,21 @@ def attention_by_tiles(answer: Any) -> str:
             torch.allclose(got, right, rtol=0, atol=1e-9),
             f"{where}O differs from masked attention" + (f": {why}." if why else "."),
         )
-    return "the same function as the mask, and what is skipped is neither read nor computed."
+    return "the same function as the mask, and what is in no list is neither read nor computed."
+
+
+def _lists(mask: Any, block: int) -> tuple[Any, Any]:
+    """Of a mask as FlexAttention keeps it: tiles of each row, and which, those first."""
+    import torch
+
+    rows, cols = (-(-size // block) for size in mask.shape)
+    touched = torch.zeros(rows, cols, dtype=torch.bool)
+    for r in range(rows):
+        for c in range(cols):
+            tile = mask[r * block : (r + 1) * block, c * block : (c + 1) * block]
+            touched[r, c] = tile.any()
+    order = torch.argsort(touched.int(), dim=1, descending=True, stable=True)
+    return touched.sum(1, dtype=torch.int32), order.to(torch.int32)
 
 
 @exercise("What the swap adds")
