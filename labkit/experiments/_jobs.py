@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from labkit.errors import check_choice
 from labkit.experiments import Progress, Result, _release_memory, has_gpu, steps
 from labkit.experiments.scaling import _one_thread
 
-__all__ = ["Jobs", "first_line"]
+__all__ = ["Jobs", "first_line", "untuned"]
 
 
 def first_line(error: BaseException) -> str:
     """An error as a record names it: its kind and what it says first."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+@contextmanager
+def untuned() -> Iterator[None]:
+    """labkit.flash takes its tiles by rule: each tuned shape would compile a dozen kernels."""
+    before = os.environ.get("LABKIT_TUNE")
+    os.environ["LABKIT_TUNE"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LABKIT_TUNE"]
+        else:
+            os.environ["LABKIT_TUNE"] = before
 
 
 class Jobs:

@@ -40,6 +40,7 @@ from labkit.errors import ArgumentError, check_choice
 from labkit.experiments import Progress, Result, has_gpu
 from labkit.experiments import steps as each
 from labkit.experiments._correctness import _environment
+from labkit.experiments._jobs import first_line, untuned
 
 __all__ = ["CHAPTERS", "NEEDS_GPU", "PARTS", "TITLE", "run", "winners"]
 
@@ -205,7 +206,7 @@ def run(
     result, left_out = Result(), []
     torch.manual_seed(0)
     measure = {"switch": _switch, "layer": _layer, "policy": _policy, "map": _map}
-    with _untuned(), _compiling(plan, wanted, device, result) as compiled:
+    with untuned(), _compiling(plan, wanted, device, result) as compiled:
         for part, item in each(work, progress, _said):
             if part != "switch":
                 compiled()  # a time beside fifteen compilers would be theirs, too
@@ -215,7 +216,7 @@ def run(
             try:
                 measure[part](result, plan, device, item)
             except Exception as error:  # one shape fewer, not one record fewer
-                result.notes.append(f"{_said((part, item))}: {_first_line(error)}")
+                result.notes.append(f"{_said((part, item))}: {first_line(error)}")
             if device == "cuda":
                 torch.cuda.empty_cache()
     if left_out:
@@ -230,25 +231,6 @@ def _said(work: tuple[str, Any]) -> str:
     if part != "map":
         return f"{part} {item[0] if part == 'layer' else item or ''}".strip()
     return f"{item['kind']} {'/'.join(item['dtypes'])} {_size(item['shape'].labels())}"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200] if text else ''}"
-
-
-@contextmanager
-def _untuned() -> Iterator[None]:
-    """labkit.flash takes its tiles by rule: each tuned shape would compile a dozen kernels."""
-    before = os.environ.get("LABKIT_TUNE")
-    os.environ["LABKIT_TUNE"] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LABKIT_TUNE"]
-        else:
-            os.environ["LABKIT_TUNE"] = before
 
 
 @contextmanager
@@ -378,7 +360,7 @@ def _recipe(result: Result, plan: dict[str, Any], device: str) -> None:
                 ):
                     row["ran"] = ran(sdpa, q, k, v).backend
             except (RuntimeError, AttributeError) as error:
-                row["error"] = _first_line(error)
+                row["error"] = first_line(error)
         old = [w for w in heard if issubclass(w.category, (FutureWarning, DeprecationWarning))]
         row["warned"] = str(old[0].message)[:200] if old else None
         result.rows.append(row)

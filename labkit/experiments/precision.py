@@ -29,8 +29,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,8 +36,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from labkit.errors import check_choice, check_positive_int, check_positive_number
-from labkit.experiments import Progress, Result, has_gpu, steps
-from labkit.experiments.scaling import _one_thread
+from labkit.experiments import Progress, Result
+from labkit.experiments._jobs import Jobs, first_line, untuned
 
 __all__ = [
     "CHAPTERS",
@@ -379,55 +377,22 @@ def run(
     """
     import torch
 
-    device = check_choice("device", device or ("cuda" if has_gpu() else "cpu"), ("cuda", "cpu"))
-    for part in parts or ():
-        check_choice("part", part, PARTS)
-    plan, result = _plan(quick, device), Result()
-    work = [
-        (part, item)
-        for part in PARTS
-        if parts is None or part in parts
-        for item in _ITEMS[part](plan[part], device)
-    ]
     torch.manual_seed(0)
-    start, left_out = time.monotonic(), []
-    with _no_tuning(), _one_thread(device), warnings.catch_warnings():
+    jobs = Jobs(_plan, quick, device, PARTS if parts is None else parts, PARTS)
+    for part in PARTS:
+        for item in _ITEMS[part](jobs.plan[part], jobs.device):
+            jobs.add(part, f"{part} {item}", _of_part, part, item)
+    with untuned(), warnings.catch_warnings():
         # the interpreter's numpy says so when a number overflows: here they are made to
         warnings.simplefilter("ignore", RuntimeWarning)
-        for part, item in steps(work, progress, lambda w: f"{w[0]} {w[1]}"):
-            if time.monotonic() - start > limit_s:
-                left_out.append(f"{part} {item}")
-                continue
-            try:
-                _MEASURE[part](result, plan[part], device, item)
-            except Exception as error:  # one point fewer, not one record fewer
-                result.notes.append(f"{part} {item}: {_first_line(error)}")
-            if device == "cuda":
-                torch.cuda.empty_cache()
+        result = jobs.run(progress, limit_s=limit_s)
     _oracle.cache_clear()
-    if left_out:
-        result.notes.append(f"left out after {limit_s:g} s: {'; '.join(left_out)}")
     _summarise(result)
     return result
 
 
-@contextmanager
-def _no_tuning() -> Iterator[None]:
-    """Errors do not depend on the tiles: no time is spent on finding the fastest."""
-    before = os.environ.get("LABKIT_TUNE")
-    os.environ["LABKIT_TUNE"] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LABKIT_TUNE"]
-        else:
-            os.environ["LABKIT_TUNE"] = before
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200] if text else ''}"
+def _of_part(result: Result, plan: dict[str, Any], device: str, part: str, item: Any) -> None:
+    _MEASURE[part](result, plan[part], device, item)
 
 
 def _relative(got: Any, right: Any) -> float | None:
@@ -602,7 +567,7 @@ def _training(result: Result, plan: dict[str, Any], device: str, precision: str)
         try:
             done = trainer.step(x, target)
         except Exception as error:  # pure float16 may stop here: that is the result
-            said = _first_line(error)
+            said = first_line(error)
             break
         loss = float(done.loss)
         losses.append(loss if math.isfinite(loss) else None)
