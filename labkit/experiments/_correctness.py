@@ -33,6 +33,7 @@ from labkit.experiments import Progress, Result
 __all__ = [
     "Suite",
     "judge",
+    "on_every_road",
     "parse_sanitizer",
     "sanitize",
     "sanitizer_command",
@@ -222,6 +223,24 @@ def repeat(worker: ModuleType, case: Any, times: int) -> list[dict[str, Any]]:
             unequal += any(not torch.equal(again[n], first[n]) for n in first)
         rows.append({"kind": "repeats", "case": str(case), "road": road, "dtype": case.dtype,
                      "times": times, "unequal": unequal})  # fmt: skip
+    return rows
+
+
+def on_every_road(worker: ModuleType, case: Any, device: str, **labels: Any) -> list[dict]:
+    """Every road of one case, judged; outputs are full of NaN before they are written."""
+    import torch
+
+    tensors = worker.make(case, device)
+    rows = []
+    for road in worker.roads(*tensors, case) if device == "cuda" else ["default"]:
+        torch.use_deterministic_algorithms(True, warn_only=True)  # it fills torch.empty with NaN
+        try:
+            got = worker.attend(*tensors, case, road)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        rows.append({"case": str(case), **labels, "road": road, "dtype": case.dtype,
+                     "tensors": worker.judge(case, tensors, got)})  # fmt: skip
+        del got
     return rows
 
 

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from labkit.experiments._correctness import serve
-from labkit.experiments._flash_cases import Case, make
+from labkit.experiments._correctness import on_every_road, serve
+from labkit.experiments._flash_cases import Case, make  # noqa: F401 - a worker has both
 
 ROADS = ("default", "descriptors", "by_hand")
 #: how many times the error of plain attention is allowed
@@ -229,17 +229,7 @@ def attend(q, k, v, dout, case: Case, road: str) -> dict[str, torch.Tensor]:
 
 def run(case: Case, device: str = "cuda") -> list[dict[str, Any]]:
     """Every road of one case, judged; outputs are full of NaN before they are written."""
-    tensors = make(case, device)
-    rows = []
-    for road in roads(*tensors, case) if device == "cuda" else ["default"]:
-        torch.use_deterministic_algorithms(True, warn_only=True)  # it fills torch.empty with NaN
-        try:
-            got = attend(*tensors, case, road)
-        finally:
-            torch.use_deterministic_algorithms(False)
-        rows.append({"case": str(case), "road": road, "dtype": case.dtype,
-                     "tensors": judge(case, tensors, got)})  # fmt: skip
-    return rows
+    return on_every_road(sys.modules[__name__], case, device)
 
 
 if __name__ == "__main__":

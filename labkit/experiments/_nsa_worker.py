@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from labkit.experiments._correctness import serve
+from labkit.experiments._correctness import on_every_road, serve
 from labkit.experiments._flash_worker import base_two, compared, remade
 from labkit.experiments._nsa_cases import Case, make, positions
 
@@ -413,17 +413,7 @@ def attend(
 
 def run(case: Case, device: str = "cuda") -> list[dict[str, Any]]:
     """Every road of one case, judged; outputs are full of NaN before they are written."""
-    tensors = make(case, device)
-    rows = []
-    for road in roads(*tensors, case) if device == "cuda" else ["default"]:
-        torch.use_deterministic_algorithms(True, warn_only=True)  # it fills torch.empty with NaN
-        try:
-            got = attend(*tensors, case, road)
-        finally:
-            torch.use_deterministic_algorithms(False)
-        rows.append({"case": str(case), "part": case.part, "road": road, "dtype": case.dtype,
-                     "tensors": judge(case, tensors, got)})  # fmt: skip
-        del got
+    rows = on_every_road(sys.modules[__name__], case, device, part=case.part)
     if device == "cuda":
         torch.cuda.empty_cache()
     return rows
