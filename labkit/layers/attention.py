@@ -13,7 +13,7 @@ backend has:
 backend    ``sparse="mask"``                 ``sparse="blocks"``
 =========  ================================  ==================================================
 naive      every score written, then hidden  none
-tiled      none                              a window: tiles outside it are not computed
+tiled      none                              tiles that nobody sees are not computed
 flash      none                              a window: our kernel; others: FlexAttention
 sdpa       a mask of Nq × Nk is read         FlexAttention
 nsa        none                              none: it chooses its blocks itself
@@ -34,7 +34,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from labkit.errors import ArgumentError, NoGpuError, check_choice
 from labkit.shapes import check_qkv
 
-__all__ = ["BACKENDS", "attend", "available", "check_available", "check_pattern"]
+__all__ = ["BACKENDS", "attend", "available", "check_available", "check_flex", "check_pattern"]
 
 #: name → what it is
 BACKENDS: dict[str, str] = {
@@ -134,8 +134,17 @@ def check_available(
     raise ArgumentError("backend", backend, f"cannot run here: {why}.", remedy)
 
 
+def check_flex(device: torch.device, training: bool) -> None:
+    """Raise an ArgumentError where FlexAttention, the way of these blocks, cannot run."""
+    if device.type == "cpu" and training:
+        raise ArgumentError(
+            "sparse", "blocks", "is FlexAttention here, which has no backward pass on a CPU.",
+            'Use backend="tiled", which leaves out the same blocks, or torch.no_grad().',
+        )  # fmt: skip
+
+
 def check_pattern(backend: str, pattern: Any, sparse: str | None) -> str | None:
-    """How ``backend`` would compute ``pattern``: "naive", "sdpa", "flex", "window" or None.
+    """Which way of ``labkit.patterns.HOWS`` it would be, or None for dense attention.
 
     Parameters
     ----------
@@ -161,7 +170,6 @@ def check_pattern(backend: str, pattern: Any, sparse: str | None) -> str | None:
         )  # fmt: skip
     from labkit.patterns import Local
 
-    local = isinstance(pattern, Local)
     if sparse is None:
         sparse = "mask" if backend in _MASK else "blocks"
     if sparse == "mask":
@@ -177,13 +185,9 @@ def check_pattern(backend: str, pattern: Any, sparse: str | None) -> str | None:
             "sparse", sparse, "is not what backend 'naive' has: it computes every score.",
             'Use sparse="mask", or backend="flash" or "sdpa".',
         )  # fmt: skip
-    if backend == "tiled" and not local:
-        raise ArgumentError(
-            "pattern", pattern, "is not a window, and backend 'tiled' skips tiles by their "
-            "distance from the diagonal.",
-            'Use a Local pattern, or backend="flash" or "sdpa" with sparse="blocks".',
-        )  # fmt: skip
-    return "window" if local and backend in ("tiled", "flash") else "flex"
+    if backend == "sdpa" or (backend == "flash" and not isinstance(pattern, Local)):
+        return "flex"
+    return "window" if isinstance(pattern, Local) else "blocks"
 
 
 # -- one attention ---------------------------------------------------------------------------------
@@ -236,7 +240,9 @@ def attend(
 
         pattern = of_name(pattern)
     how = check_pattern(backend, pattern, sparse)
-    if how in ("naive", "sdpa", "flex"):
+    if how == "flex":
+        check_flex(q.device, torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)))
+    if how not in (None, "window"):
         from labkit.patterns import pattern_attention
 
         return pattern_attention(q, k, v, pattern, how=how, causal=causal)

@@ -30,7 +30,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from labkit.errors import ArgumentError, check_choice, check_positive_int
-from labkit.layers.attention import BACKENDS, attend, check_available, check_pattern
+from labkit.layers.attention import (
+    BACKENDS,
+    attend,
+    check_available,
+    check_flex,
+    check_pattern,
+)
 from labkit.nsa.semantics import FORCED, check_forced
 
 __all__ = ["AttentionLayer"]
@@ -122,7 +128,7 @@ class AttentionLayer(nn.Module):
         self.ff_mult = check_positive_int("ff_mult", ff_mult)
         self.pattern = _check_window(pattern, window)
         self.sparse = sparse
-        check_pattern(self.backend, self.pattern, self.sparse)
+        self._how = check_pattern(self.backend, self.pattern, self.sparse)
         self.precision = precision
         if precision is not None:
             check_choice("precision", precision, ("ieee", "tf32x3", "tf32"))
@@ -291,7 +297,12 @@ class AttentionLayer(nn.Module):
             computes_in = torch.get_autocast_dtype(kind)
         if self.backend == "nsa" and self.nsa["implementation"] == "reference":
             return
-        check_available(self.backend, x.device, computes_in, head_dim=self.head_dim)
+        if self._how != "flex":
+            check_available(self.backend, x.device, computes_in, head_dim=self.head_dim)
+            return
+        check_flex(x.device, torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
+        if self.gate:  # dense attention is computed besides
+            check_available(self.backend, x.device, computes_in, head_dim=self.head_dim)
 
 
 def changed(options: dict[str, Any], backend: str, changes: dict[str, Any]) -> dict[str, Any]:

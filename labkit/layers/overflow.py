@@ -45,7 +45,7 @@ class Overflow:
     Attributes
     ----------
     where : "input", "forward", "loss", "backward" or "weights".
-    tensor : what it is, such as ``"S = QKᵀ of layers.0"`` or ``"gradient of layers.1.ff.2.weight"``.
+    tensor : what it is, such as ``"S = QKᵀ of layers.0"`` or ``"gradient of norm.weight"``.
     operation : the ATen operator that made it, ``""`` if it was given.
     dtype : its dtype.
     holds : ``"inf"`` or ``"nan"``.
@@ -121,8 +121,9 @@ def find_overflow(
     with _gradients_kept(model):
         try:
             return _watched(model, x, loss, scale)
-        except NotImplementedError:
-            # an operator that no dispatch mode may look into, such as FlexAttention
+        except (NotImplementedError, RuntimeError):
+            # An operator that no dispatch mode may look into, such as FlexAttention.  What is
+            # wrong for another reason is wrong again here, and then raised.
             return _unwatched(model, x, loss, scale)
 
 
@@ -147,13 +148,13 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.found is not None:
             return func(*args, **kwargs)
-        # before it runs: an operator in place overwrites what it took
         took = [_holds(x) for x in _floats((args, kwargs))]
-        minus = any(h == "-inf" for h in took)
-        given = None if any(h in ("inf", "nan") for h in took) else _copies((args, kwargs))
+        spoilt, minus = any(h in ("inf", "nan") for h in took), "-inf" in took
+        # an operator in place overwrites what it took
+        given = _copies((args, kwargs)) if func._schema.is_mutable else (args, kwargs)
         out = func(*args, **kwargs)
         op = func.overloadpacket.__name__
-        if given is None or op in _MASKS or not took:
+        if spoilt or op in _MASKS or not took:
             return out
         for x in _floats(out):
             holds = _holds(x)
@@ -187,7 +188,8 @@ def _followed(model: nn.Module, watch: _Watch) -> Iterator[None]:
 
 def _watched(model, x, loss, scale) -> Overflow | None:
     watch = _Watch()
-    with watch, _followed(model, watch):
+    # Eager: what is compiled hides its operations from the watch.
+    with torch.compiler.set_stance("force_eager"), watch, _followed(model, watch):
         out = model(x)
         in_model = watch.found is not None
         value = None if loss is None else loss(out)
@@ -294,11 +296,8 @@ def _largest(x: torch.Tensor) -> float:
 
 
 def _copies(tree: Any) -> Any:
-    """The arguments as they are now; half precision is copied, float32 is not asked about."""
-    half = (torch.float16, torch.bfloat16)
-    return tree_map(
-        lambda x: x.clone() if isinstance(x, torch.Tensor) and x.dtype in half else x, tree
-    )
+    """The arguments as they are now."""
+    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, tree)
 
 
 def _in_float32(func, args, kwargs) -> float | None:

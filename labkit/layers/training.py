@@ -269,7 +269,8 @@ class TrainingStep:
 
     def _prepare_weights(self) -> None:
         if self.dtype != torch.float32:
-            self.model.to(self.dtype)
+            if any(p.dtype != self.dtype for p in self.model.parameters()):
+                self.model.to(self.dtype)
             return
         for name, p in self.model.named_parameters():
             if p.dtype != torch.float32:
