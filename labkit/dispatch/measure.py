@@ -123,9 +123,9 @@ def measure_policy(
     backends : of ``labkit.dispatch.BACKENDS``; by default all that a program would choose from.
     dtypes : of ``"float32"``, ``"tf32"``, ``"float16"``, ``"bfloat16"``; all by default on a GPU,
         float32 and bfloat16 on a CPU.
-    budget_s : stop after so many seconds (the shape at hand is finished); what is left out is in
-        the policy's notes.  Lengths are taken from both ends inwards, so that a policy cut short
-        is coarse and not one-sided.
+    budget_s : begin no further shape after so many seconds; the first is always measured.  What is
+        left out is in the policy's notes.  Lengths are taken from both ends inwards, so that a
+        policy cut short is coarse and not one-sided.
     launch : ``"included"``: each call on an idle GPU, what a program that launches one call after
         another pays for a short one; ``"hidden"``: the GPU's part alone.
     device : ``"cuda"`` or ``"cpu"``; the GPU if there is one.
@@ -177,7 +177,7 @@ def measure_policy(
     for index, shape in enumerate(shapes):
         if progress is not None:
             progress(index, len(shapes), f"{shape.seq_len} tokens")
-        if time.perf_counter() > end:
+        if points and time.perf_counter() > end:
             left = sorted({s.seq_len for s in shapes[index:]})
             notes.append(f"Stopped after {budget_s:g} s; not or not fully measured: {left} tokens.")
             break

@@ -370,10 +370,9 @@ def _refuse_at_once(backends, inputs, options) -> None:
     asked = explain(*inputs, **options)
     if asked.would_run is not None:
         return
-    on_gpu = inputs[0].device.type == "cuda"
     whys = []
     for name in backends:
-        name = "flash_cpu" if name == "flash" and not on_gpu else name
+        name = "flash_cpu" if name == "flash" and asked.order == _ON_CPU else name
         reasons = [str(r) for r in asked.refused.get(name, ()) if r.why != "switched off"]
         whys.append(f"{name}: {', '.join(reasons) or 'runs on a CPU only'}")
     with sdpa_kernel(list(SDPA.values())):
