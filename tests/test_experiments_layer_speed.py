@@ -188,6 +188,9 @@ def made() -> Result:
             row |= {"names": ["x"], "attention": "flash" if n < 512 else "efficient"}
             row |= {"busy_share": min(1.0, gpu / floor), "host_ms": [floor], "graph_ms": [gpu]}
             result.rows.append(row)
+            if n == 2048:
+                row = {**shape, "part": "memory", "bytes": 3 * 2**20, "made_bytes": 2**21}
+                result.rows.append(row)
     layer_forward._summarise(result)
     return result
 
@@ -205,6 +208,7 @@ def test_the_launch_bound_region_ends_where_the_gpu_becomes_the_longer():
     assert result.value("growth.report.original") == pytest.approx(1.6877 / 0.4294, rel=1e-3)
     assert result.value("switches.report.sdpa") == 2
     assert "efficient, flash" in result.how("switches.report.sdpa")
+    assert result.value("memory.report.sdpa.n2048") == 3 * 2**20
 
 
 def test_speed_ups_are_of_the_original():
@@ -302,5 +306,9 @@ def test_the_short_form_runs_on_a_gpu(name):
             assert result.value(f"graph.report.original.n{n}") < 1.2 * call
         assert result.value("switches.report.sdpa_half") >= 1
         assert result.value("error.report.sdpa_half.n2048") < 2**-8
+        # S at N = 2048: 16 heads of 16 MiB; naive attention holds two of them at its peak
+        held = result.value("memory.report.original.n2048")
+        assert 512 * 2**20 < held < 2 * 512 * 2**20
+        assert result.value("memory.report.sdpa.n2048") < held / 4
     else:
         assert 0.7 < result.value("predicted_over_direct_gpu.report.sdpa.n2048") < 1.4

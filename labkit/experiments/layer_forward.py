@@ -8,7 +8,7 @@ Parts, each of which may be missing from a result with the reason among its note
 
 ``forward``
     the time of one call on an idle GPU, launches included, and the GPU's alone, launches hidden;
-    how far the output is from float64.
+    how far the output is from float64; bytes at the peak of a call.
 ``launch``
     where launching is what takes the time, shown four ways: the time does not depend on N; the
     profile has gaps between kernels; a CUDA graph of the same kernels is faster; and the host
@@ -24,7 +24,7 @@ the GPU's own time reaches that of the shortest call.
 float32 means IEEE float32, torch's own default; configurations whose names end in ``_tf32`` let
 torch's matrix products round their factors to TF32.
 
-Taught in chapter 10 (fp32, fp16, which kernel, and who decides).  Claims C18, C20, C24.
+Taught in chapter 10 (fp32, fp16, which kernel, and who decides).  Claims C18, C20, C22, C24.
 """
 
 from __future__ import annotations
@@ -189,9 +189,10 @@ def run(
         (s, launches hidden), ``host`` (s, to queue it), ``graph`` (s, replayed), ``kernels``,
         ``busy`` (share of the profile's span in which a kernel runs), ``speedup`` and
         ``speedup_gpu`` (of ``original`` over it), ``graph_gain``, ``error`` (relative, to
-        float64).  Without N: ``ends`` and ``ends_<flat|busy|graph>`` (tokens), ``growth`` (last
-        doubling), ``switches`` (attention backends that ran), ``per_kernel`` (s of the
-        host for each kernel, the shortest N).  ``pays.<size>.<config>_over_<other>`` (tokens).
+        float64), ``memory`` (bytes at the peak of one call, weights and x included).
+        Without N: ``ends`` and ``ends_<flat|busy|graph>`` (tokens), ``growth`` (last doubling),
+        ``switches`` (attention backends that ran), ``per_kernel`` (s of the host for each kernel,
+        the shortest N).  ``pays.<size>.<config>_over_<other>`` (tokens).
         ``compile.<what>.<config>.<mode>.n<N>``.
         ``rows``: one per measured function, ``part`` as in the list above.
     """
@@ -290,28 +291,29 @@ def network(
     return model.to(torch_dtype(config.dtype)).eval()
 
 
-def call(model: Any, config: Config, x: Any) -> Callable[[], Any]:
+def call(model: Any, config: Config, x: Any) -> functools.partial:
     """``model(x)`` in that configuration, without arguments; x is cast here, not in the call."""
-    import torch
-
     from labkit.dtypes import torch_dtype
 
     x = x.to(torch_dtype(config.dtype))
-    if config.autocast:
+    way = _cast if config.autocast else _rounded if config.tf32 else _plain
+    return functools.partial(way, model, x)
 
-        def cast():
-            with torch.autocast(x.device.type, torch.float16):
-                return model(x)
 
-        return cast
-    if config.tf32:
+def _plain(model: Any, x: Any) -> Any:
+    return model(x)
 
-        def rounded():
-            with _tf32():
-                return model(x)
 
-        return rounded
-    return functools.partial(model, x)
+def _cast(model: Any, x: Any) -> Any:
+    import torch
+
+    with torch.autocast(x.device.type, torch.float16):
+        return model(x)
+
+
+def _rounded(model: Any, x: Any) -> Any:
+    with _tf32():
+        return model(x)
 
 
 def oracle(model: Any, x: Any, *, rows: int = _ROWS) -> Any:
@@ -392,7 +394,7 @@ def _forward(result: Result, plan: dict[str, Any], device: str, size: str, n: in
     x = torch.randn(shape["batch"], n, shape["dim"], device=device, generator=generator)
     expected = oracle(base, x) if n <= plan["oracle_to"] else None
     state = base.state_dict()
-    calls: dict[str, Callable[[], Any]] = {}
+    calls: dict[str, functools.partial] = {}
     facts: dict[str, dict[str, Any]] = {}
     for name in plan["configs"]:
         try:
@@ -402,6 +404,9 @@ def _forward(result: Result, plan: dict[str, Any], device: str, size: str, n: in
             del out
             if device == "cuda":
                 torch.cuda.synchronize()
+                if n in (1024, 2048, 4096):
+                    row = {"part": "memory", "size": size, "name": name, **shape}
+                    result.rows.append(row | _held(fn))
             calls[name] = fn
         except Exception as error:
             result.notes.append(f"{name}, {size}, N = {n}: {first_line(error)}")
@@ -437,6 +442,21 @@ def _forward(result: Result, plan: dict[str, Any], device: str, size: str, n: in
     for row in result.rows:
         if row["part"] == "launch" and row.get("seq_len") == n and not _drawn(row):
             row.pop("timeline", None)
+
+
+def _held(fn: functools.partial) -> dict[str, int]:
+    """Bytes alive at the peak of one call: the weights, x, and what the call makes."""
+    import torch
+
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    torch.cuda.reset_peak_memory_stats()
+    fn()
+    torch.cuda.synchronize()
+    made = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+    model, x = fn.args
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    held = x.numel() * x.element_size()
+    return {"made_bytes": made, "weight_bytes": weights, "bytes": made + weights + held}
 
 
 def _drawn(row: Mapping[str, Any]) -> bool:
@@ -663,6 +683,7 @@ def _summarise(result: Result) -> None:
         where = f"dim {about['dim']}, {about['heads']} heads, {about['layers']} layers, "
         where += f"batch {batch}"
         _times(result, size, where)
+        _memory(result, size, where)
         for name in CONFIGS:
             _launch(result, size, name, where)
         _crossovers(result, size, where)
@@ -687,6 +708,15 @@ def _times(result: Result, size: str, where: str) -> None:
             if key == "time" and "error" in row:
                 how = f"‖y − float64‖ / ‖float64‖ of the output, {CONFIGS[name].text}, {where}"
                 result.add(f"error.{size}.{name}.n{n}", row["error"], "1", how)
+
+
+def _memory(result: Result, size: str, where: str) -> None:
+    for row in result.select(part="memory", size=size):
+        how = (
+            f"weights, x and what one call makes, at its peak, {CONFIGS[row['name']].text}, {where}"
+        )
+        key = f"memory.{size}.{row['name']}.n{row['seq_len']}"
+        result.add(key, row["bytes"], "bytes", f"{how}; bytes asked of torch's allocator")
 
 
 def _launch(result: Result, size: str, name: str, where: str) -> None:
