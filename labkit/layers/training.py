@@ -21,6 +21,9 @@ scale s before the backward pass and every gradient divided by it after:
 If a gradient then overflows, the step is left out and s is halved; after many good steps it is
 doubled.  What overflows in the forward pass does so before any scale, and no scaler helps.
 
+With weights in float16 the division by s puts small gradients back below what float16 holds: a
+constant scale then saves what is added up on the way, and not what arrives.
+
 Taught in chapter 10 (fp32, fp16, which kernel, and who decides).
 """
 
@@ -90,8 +93,8 @@ class TrainingStep:
     precision : str
         one of :data:`PRECISIONS`.
     optimizer : str or callable
-        ``"adamw"`` or ``"sgd"``, both fused: one kernel and no temporary tensors.  Or a function
-        from the parameters to an optimiser.
+        ``"adamw"`` or ``"sgd"``, fused on a GPU: no temporary tensors, and the GradScaler need
+        not wait for the device.  Or a function from the parameters to an optimiser.
     lr : float
         learning rate.
     loss_scale : float
@@ -285,11 +288,14 @@ class TrainingStep:
             return optimizer(parameters)
         check_choice("optimizer", optimizer, ("adamw", "sgd"))
         lr = check_positive_number("lr", lr)
-        fused = self.device.type in ("cuda", "cpu")
+        cuda = self.device.type == "cuda"
         if optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=lr, fused=fused)
+            # On a CPU the fused one leaves half precision weights as they are (torch 2.13).
+            return torch.optim.SGD(parameters, lr=lr, fused=cuda)
         eps = _EPS.get(self.precision, 1e-8) if eps is None else eps
-        return torch.optim.AdamW(parameters, lr=lr, eps=eps, fused=fused)
+        return torch.optim.AdamW(
+            parameters, lr=lr, eps=eps, fused=cuda or self.device.type == "cpu"
+        )
 
     def _gradients(self) -> list[torch.Tensor]:
         groups = self.optimizer.param_groups
