@@ -19,11 +19,13 @@ pytest.importorskip("jupyter_book")
 pytest_plugins = ["browser"]
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("scores_buffer", "what_grows", "roofline", "tile_stepper", "nsa_reads")
+NAMES = (
+    "scores_buffer", "what_grows", "roofline", "tile_stepper", "pattern_tiles", "nsa_reads",
+)  # fmt: skip
 #: the chapter that each explorer belongs to
 HOME = {
     "01": "scores_buffer", "02": "what_grows", "04": "roofline", "07": "tile_stepper",
-    "12": "nsa_reads",
+    "11": "pattern_tiles", "12": "nsa_reads",
 }  # fmt: skip
 
 
@@ -52,9 +54,10 @@ def built(source: str) -> explorers.Explorer:
 
 
 CASES = [pytest.param(*case, id=f"{case[0]}-{i}") for i, case in enumerate(stored())]
-#: those that a size moves, and those that step
+#: those that step, those that only lists move, and those that a size moves
 STEPPED = [case for case in CASES if "tile_stepper" in case.values[1]]
-SIZED = [case for case in CASES if case not in STEPPED]
+LISTED = [case for case in CASES if "pattern_tiles" in case.values[1]]
+SIZED = [case for case in CASES if case not in STEPPED + LISTED]
 #: each explorer in one theme, in turns: what moves it is the same code in both
 THEMED = [
     pytest.param(*case.values, theme, id=f"{case.id}-{theme}")
@@ -134,6 +137,26 @@ def test_explorer_in_its_page_moves_by_keyboard_and_mouse(
                   numbers(ground)]; }"""
     )
     assert contrast(ink, ground) >= 7
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("notebook, source, key", LISTED)
+def test_explorer_of_lists_moves_in_its_page_by_keyboard(notebook, source, key, html, open_page):
+    figure = built(source)
+    page = open_page(viewport={"width": 1280, "height": 900}, color_scheme="dark")
+    page.goto((html / f"{notebook}.html").as_uri())
+    nth = page.evaluate(
+        "key => [...document.querySelectorAll('.lkx')].findIndex(n => n.dataset.lkx === key)", key
+    )
+    root = page.locator(".lkx").nth(nth)
+    assert_shows(page, figure, nth)
+    control = figure.spec["controls"][0]
+    last = control["options"][-1]["value"]
+    root.locator(f'[data-control="{control["name"]}"] select').focus()
+    page.keyboard.press("End")
+    assert_shows(page, figure, nth, **{control["name"]: last})
+    root.locator(".lkx-reset").click()
+    assert_shows(page, figure, nth)
 
 
 @pytest.mark.browser

@@ -23,7 +23,7 @@ def _random(*shape: int, seed: int = 11) -> Any:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-@exercise("How many tiles does a random mask touch?")
+@exercise("Tiles under a random mask")
 def expected_block_density(answer: Any) -> str:
     """Grade ``expected_block_density(density, block)``: 1 − (1 − ρ)^(b²)."""
     for density, block in ((0.05, 16), (0.001, 16), (0.00005, 128), (0.3, 2), (0.5, 1)):
