@@ -20,14 +20,12 @@ from a result with the reason among its notes:
     selection by queries, by keys, and by hand: the same problem, each way.
 ``groups``
     G = 1 … 64 with the same number of query heads: the same useful operations.
-``memory``
-    bytes per token that a call holds beside its inputs, measured, and by the model.
 ``error``
     each implementation against float64.
 ``topk``
     claim C32: torch.topk over stored scores, and choosing while the scores are made.
-``counters``
-    bytes through L2 and DRAM as Nsight Compute counts them, and by the model.
+
+``memory`` and ``counters``, the bytes that are held and moved, are measured for ``nsa_bytes.py``.
 
 fla-core is a peer where it can be imported; a note says if not.
 
@@ -116,6 +114,7 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
             "patterns": [(2048, 16)],
             "sweep": [8192],
             "branches": [8192],
+            "memory": [(2048, 8192)],
             "parts": ("patterns", "sweep", "branches"),
         }  # fmt: skip
     # 8,192 first: fla's kernels choose their configurations at the first length they meet
@@ -133,8 +132,7 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
         + [("s", s) for s in (4, 16, 64)],
         "counters": [32768],
         # what the chapter cannot do without comes first
-        "parts": ("patterns", "sweep", "branches", "roads", "groups", "counters", "memory",
-                  "error", "topk"),
+        "parts": ("patterns", "sweep", "branches", "roads", "groups", "error", "topk"),
     }  # fmt: skip
 
 
@@ -159,8 +157,8 @@ def run(
         and ``whole.<who>.<pattern>.<pass>.n<T>`` (s), ``….vs_fla.…`` (our time over theirs) and
         ``….speedup.…`` (dense over ours), ``crossover.<what>.<pattern>.<pass>`` (tokens),
         ``branch.<name>.<pass>.n<T>``, ``road.<road>.<pattern>.<pass>.n<T>``,
-        ``group.<pattern>.<pass>.g<G>``, ``memory.<what>.…``, ``error.…``, ``topk.…``,
-        ``l2.<step>.<pattern>``, ``hbm.…``, ``model.…`` and ``union.…``.
+        ``group.<pattern>.<pass>.g<G>``, ``error.…``, ``topk.…``, ``model.…`` and ``union.…``; with
+        those parts ``memory.<what>.…``, ``l2.<step>.<pattern>`` and ``hbm.…``.
         ``rows``: one per measured function, ``part`` as in the list above.
     """
     import torch
@@ -169,12 +167,8 @@ def run(
     plan = _plan(quick, device)
     for part in parts or ():
         check_choice("part", part, PARTS)
-    work = [
-        (part, item)
-        for part in plan["parts"]
-        if parts is None or part in parts
-        for item in plan[part]
-    ]
+    parts_here = plan["parts"] if parts is None else [p for p in PARTS if p in parts and p in plan]
+    work = [(part, item) for part in parts_here for item in plan[part]]
     # 128k last: it takes longest, and every other figure stands without it
     work.sort(key=lambda w: w[1] == 131072)
     result, begin = Result(), time.monotonic()

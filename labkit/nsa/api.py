@@ -158,6 +158,10 @@ def attend(
     """
     branches, used, found = [], [], {}
     q, q_slc, q_swa = share(q, 3)
+    if gates["g_swa"] is not None:
+        # First, because autograd then takes it last: the large workspace of the selection comes
+        # before the window's gradients, and not on top of them.
+        o_swa, found["lse_swa"] = _attend_window(q_swa, k, v, call, window)
     if gates["g_cmp"] is not None or gates["g_slc"] is not None:
         if compressed is None:
             cu = call.cu
@@ -175,8 +179,7 @@ def attend(
         branches.append(o)
         used.append(gates["g_slc"])
     if gates["g_swa"] is not None:
-        o, found["lse_swa"] = _attend_window(q_swa, k, v, call, window)
-        branches.append(o)
+        branches.append(o_swa)
         used.append(gates["g_swa"])
     out = combine(branches, used)
     if not weights:
