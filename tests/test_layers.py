@@ -376,7 +376,7 @@ def test_checkpoint_keeps_the_input_only_and_changes_no_gradient(backend):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def compiled_equals_eager(made, x, **options):
+def check_compiled_equals_eager(made, x, **options):
     eager = made(x)
     eager.square().sum().backward()
     gradients = [p.grad for p in made.parameters()]
@@ -398,12 +398,12 @@ def compiled_equals_eager(made, x, **options):
 )
 def test_layer_compiles_into_one_graph(backend, options):
     made = layer(backend, **options)
-    compiled_equals_eager(made, torch.randn(1, 17, DIM), backend="aot_eager")
+    check_compiled_equals_eager(made, torch.randn(1, 17, DIM), backend="aot_eager")
 
 
 def test_layer_of_our_kernels_compiles_into_one_graph(device):
     made = layer("flash").to(device)
-    compiled_equals_eager(made, torch.randn(1, 5, DIM, device=device), backend="aot_eager")
+    check_compiled_equals_eager(made, torch.randn(1, 5, DIM, device=device), backend="aot_eager")
 
 
 @pytest.mark.gpu
