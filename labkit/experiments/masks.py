@@ -25,24 +25,29 @@ Taught in chapter 11 (a mask saves nothing).  Claim C25.
 from __future__ import annotations
 
 import functools
-import gc
+import json
 import math
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from labkit.errors import check_choice
-from labkit.experiments import Progress, Result, has_gpu
-from labkit.experiments import steps as each
+from labkit.experiments import Progress, Result, _release_memory
+from labkit.experiments._correctness import _environment
+from labkit.experiments._jobs import Jobs, first_line, untuned
+from labkit.experiments.flash_forward import _exact, _timed
 
-__all__ = ["CHAPTERS", "NEEDS_GPU", "TITLE", "at_density", "run"]
+__all__ = ["CHAPTERS", "NEEDS_GPU", "PARTS", "TITLE", "at_density", "made_for", "run"]
 
 TITLE = "Masks: dense work under a mask against blocks left out, at equal density"
 CHAPTERS = ("11",)
 NEEDS_GPU = False
 
-#: seconds after which a full run measures nothing more
-LIMIT_S = 85.0
+PARTS = ("blocks", "density", "sorted", "lengths")
+#: at most so many samples of a row are kept
 _SAMPLES = 15
 _PASSES = ("forward", "both")
 NAMES = ("local", "strided", "random", "clustered", "hierarchical")
@@ -109,11 +114,11 @@ def _nearest(make: Callable[[int], Any], density: float, n: int) -> Any:
 def _plan(quick: bool, device: str) -> dict[str, Any]:
     if device == "cpu":
         return {
-            "shape": {"batch": 1, "heads": 1, "head_dim": 32, "dtype": "float32"},
-            "seq_len": 512, "density": 0.05, "block": 32, "names": ("local", "random"),
-            "window": 32, "lengths": (256, 512), "hows": ("naive", "sdpa", "blocks"),
+            "shape": {"batch": 1, "heads": 2, "head_dim": 32, "dtype": "float32"},
+            "seq_len": 1024, "density": 0.05, "block": 64, "names": ("local", "random"),
+            "window": 64, "lengths": (256, 1024), "hows": ("naive", "sdpa", "blocks"),
             "rep_ms": 10, "passes": ("forward",), "counted": 512, "per_row": (1, 4, 26),
-            "deep": ("local",), "limit_s": 20.0,
+            "deep": ("local",), "limit_s": 20.0, "kernels": False,
         }  # fmt: skip
     import torch
 
@@ -123,7 +128,8 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
         "seq_len": 16384, "density": 0.05, "block": 128, "names": NAMES, "window": 256,
         "lengths": (2048, 4096, 8192, 16384, 32768), "hows": ("naive", "sdpa", "flex", "window"),
         "rep_ms": 40, "passes": _PASSES, "counted": 4096, "per_row": (1, 2, 4, 8, 16, 32, 205),
-        "deep": ("local", "random", "random_blocks"), "limit_s": LIMIT_S,
+        "deep": ("local", "random", "random_blocks"), "limit_s": 85.0,
+        "kernels": True,
     }  # fmt: skip
     if quick:
         plan |= {
@@ -136,25 +142,48 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
 def _work(plan: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Parts and items, the most wanted first: what the time does not suffice for is the rest."""
     yield "blocks", None
-    yield "yardstick", None
+    yield "density", "dense"
     grains = [name + grain for grain in ("", "_blocks") for name in plan["names"]]
-    for name in sorted(grains, key=lambda n: (n not in plan["deep"], grains.index(n))):
-        yield "density", name
+    yield from (("density", name) for name in grains if name in plan["deep"])
+    yield from (("lengths", n) for n in plan["lengths"])
+    yield from (("density", name) for name in grains if name not in plan["deep"])
     if "clustered" in plan["names"]:
         yield "sorted", "clustered"
-    for n in plan["lengths"]:
-        yield "lengths", n
+
+
+def made_for(plan: dict[str, Any], name: str) -> Any:
+    """The pattern that a run of this plan calls so: ``local``, ``local_blocks`` …"""
+    base, _, grid = name.partition("_")
+    block = plan["block"] if grid else None
+    return at_density(base, plan["density"], plan["seq_len"], block=block)
+
+
+def _hows(plan: dict[str, Any], name: str) -> list[str]:
+    """How a pattern is computed at the main size."""
+    # A matrix takes as long whatever it holds: a few patterns show that.
+    matrices = name in plan["deep"] or not plan["kernels"]
+    return [
+        how for how in plan["hows"]
+        if (how != "window" or name == "local") and (matrices or how not in ("naive", "sdpa"))
+    ]  # fmt: skip
 
 
 # -- running -------------------------------------------------------------------------------------
 
 
-def run(*, quick: bool, device: str | None = None, progress: Progress | None = None) -> Result:
+def run(
+    *,
+    quick: bool,
+    device: str | None = None,
+    progress: Progress | None = None,
+    parts: Sequence[str] | None = None,
+) -> Result:
     """Measure what this device can.
 
     Parameters
     ----------
     quick, device, progress : as for every experiment.
+    parts : some of :data:`PARTS`; all by default.
 
     Returns
     -------
@@ -171,48 +200,75 @@ def run(*, quick: bool, device: str | None = None, progress: Progress | None = N
     """
     import torch
 
-    device = check_choice("device", device or ("cuda" if has_gpu() else "cpu"), ("cuda", "cpu"))
-    plan = _plan(quick, device)
-    result = Result()
-    measure = {
-        "blocks": _blocks, "yardstick": _yardstick, "density": _density, "sorted": _sorted,
-        "lengths": _lengths,
-    }  # fmt: skip
-    begin = time.perf_counter()
-    for part, item in each(list(_work(plan)), progress, lambda w: f"{w[0]} {w[1] or ''}"):
-        if time.perf_counter() - begin > plan["limit_s"]:
-            result.notes.append(f"{part} {item}: left out, {plan['limit_s']:.0f} s had passed")
-            continue
-        torch.manual_seed(0)  # per item: the same numbers whatever was left out before
-        start = time.perf_counter()
-        try:
-            measure[part](result, plan, device, item)
-        except Exception as error:  # one point fewer, not one record fewer
-            result.notes.append(f"{part} {item}: {_first_line(error)}")
-        _release(device)
-        result.rows.append({"part": "clock", "what": f"{part} {item or ''}".strip(),
-                            "seconds": round(time.perf_counter() - start, 2)})  # fmt: skip
-    _summarise(result, plan, device)
+    torch.manual_seed(0)
+    jobs = Jobs(_plan, quick, device, PARTS if parts is None else parts, PARTS)
+    measure = {"blocks": _blocks, "density": _density, "sorted": _sorted, "lengths": _lengths}
+    children: list[subprocess.Popen] = []
+    for part, item in _work(jobs.plan):
+        jobs.add(part, f"{part} {item or ''}".strip(), measure[part], *([item] if item else []))
+        if part == "blocks":  # counted while the compilers work
+            jobs.also("compiling", functools.partial(_wait, children))
+    with untuned(), _compiling(jobs, children):
+        result = jobs.run(progress, limit_s=jobs.plan["limit_s"], tidy=_tidy)
+    _summarise(result, jobs.plan, jobs.device)
     return result
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200] if text else ''}"
-
-
-def _release(device: str) -> None:
-    import torch
-
+def _tidy(failed: bool) -> None:
     from labkit.patterns import clear_masks
 
     clear_masks()
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    _release_memory()
 
 
-def _blocks(result: Result, plan: dict[str, Any], device: str, _: None) -> None:
+@contextmanager
+def _compiling(jobs: Jobs, children: list[subprocess.Popen]) -> Iterator[None]:
+    """FlexAttention is compiled for each predicate and length: side by side, into its cache."""
+    plan = jobs.plan
+    # Each has its core; a pool of compilers for each of them would be too many.
+    environment = _environment() | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    for case in _flex_cases(plan, jobs.parts) if plan["kernels"] else ():
+        command = [sys.executable, "-m", "labkit.experiments._masks_child", json.dumps(case)]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        children.append(subprocess.Popen([*command, json.dumps(plan)], env=environment, **quiet))
+    try:
+        yield
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def _flex_cases(plan: dict[str, Any], parts: Sequence[str]) -> Iterator[list[str]]:
+    """``[name of a pattern or a length, pass]`` of all that FlexAttention computes."""
+    for part, item in _work(plan):
+        if part not in parts or item in (None, "dense"):
+            continue
+        if part == "lengths":
+            wanted = ("forward",) if item in _flex_lengths(plan) else ()
+        else:
+            wanted = plan["passes"] if item in plan["deep"] and part == "density" else ("forward",)
+        name = f"{item}_sorted" if part == "sorted" else str(item)
+        yield from ([name, what] for what in wanted)
+
+
+def _wait(children: list[subprocess.Popen], seconds: float = 60.0) -> None:
+    """Until all is compiled: nothing is timed while others use the GPU."""
+    end = time.perf_counter() + seconds
+    while children:
+        child = children.pop()
+        try:
+            child.wait(timeout=max(0.0, end - time.perf_counter()))
+        except subprocess.TimeoutExpired:  # what it was at is compiled later, here
+            child.kill()
+            child.wait()
+
+
+def _flex_lengths(plan: dict[str, Any]) -> list[int]:
+    return [n for n in plan["lengths"] if n in (plan["lengths"][0], plan["lengths"][-1])]
+
+
+def _blocks(result: Result, plan: dict[str, Any], device: str) -> None:
     """How soon random scores touch every block."""
     from labkit.patterns import Random, expected_block_density
 
@@ -248,40 +304,30 @@ def _dense(name: str, q, k, v):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def _yardstick(result: Result, plan: dict[str, Any], device: str, _: None) -> None:
-    """Dense causal attention at the main size."""
-    from labkit.patterns import Local
-
-    n = plan["seq_len"]
-    names = ("flash", "sdpa") if device == "cuda" else ("sdpa",)
-    functions = {name: functools.partial(_dense, name) for name in names}
-    labels = {"part": "density", "pattern": "dense", "seq_len": n, "causal": True}
-    everything = Local(n)  # sees all: the oracle of dense attention
-    _race(result, plan, device, functions, labels, everything, "dense")
-
-
 def _density(result: Result, plan: dict[str, Any], device: str, name: str) -> None:
-    """One pattern by each way."""
-    n, block = plan["seq_len"], plan["block"]
-    base, _, grid = name.partition("_")
-    which = at_density(base, plan["density"], n, block=block if grid else None)
+    """One pattern at the main size by each way, or the yardstick: dense causal attention."""
+    n = plan["seq_len"]
     labels = {"part": "density", "pattern": name, "seq_len": n, "causal": True}
-    # The matrix ways do not look at what the matrix holds; two patterns show that.
-    hows = [
-        how for how in plan["hows"]
-        if (how != "window" or (base == "local" and not grid))
-        and (how not in ("naive", "sdpa") or name in plan["deep"] or device == "cpu")
-    ]  # fmt: skip
+    if name == "dense":
+        from labkit.patterns import Local
+
+        names = ("flash", "sdpa") if plan["kernels"] else ("sdpa",)
+        functions = {kind: functools.partial(_dense, kind) for kind in names}
+        _race(result, plan, device, functions, labels, Local(n), *plan["passes"])
+        return
     passes = plan["passes"] if name in plan["deep"] else ("forward",)
-    _all_hows(result, plan, device, hows, labels, which, passes)
+    which = made_for(plan, name)
+    functions = _functions(plan, which, _hows(plan, name))
+    _race(result, plan, device, functions, labels, which, *passes)
 
 
 def _sorted(result: Result, plan: dict[str, Any], device: str, name: str) -> None:
-    n = plan["seq_len"]
-    which = at_density(name, plan["density"], n)
-    labels = {"part": "density", "pattern": f"{name}_sorted", "seq_len": n, "causal": True}
-    how = "flex" if "flex" in plan["hows"] else "blocks"
-    _all_hows(result, plan, device, [how], labels, which, ("forward",), reorder=True)
+    """A pattern whose tokens are brought together, attended there, and put back."""
+    labels = {"part": "density", "pattern": f"{name}_sorted", "seq_len": plan["seq_len"]}
+    which = made_for(plan, name)
+    functions = _functions(plan, which, ["flex" if plan["kernels"] else "blocks"], reorder=True)
+    there = which.reordered(plan["seq_len"])
+    _race(result, plan, device, functions, labels | {"causal": True}, which, "forward", there=there)
 
 
 def _lengths(result: Result, plan: dict[str, Any], device: str, n: int) -> None:
@@ -290,44 +336,37 @@ def _lengths(result: Result, plan: dict[str, Any], device: str, n: int) -> None:
 
     which = Local(plan["window"])
     labels = {"part": "lengths", "pattern": "local", "seq_len": n, "causal": True}
-    hows = [how for how in plan["hows"] if how != "naive" or n <= 16384]
-    if device == "cuda":
-        # Compiling costs seconds for each length and says nothing new between the ends.
-        ends = (plan["lengths"][0], plan["lengths"][-1])
-        hows = [how for how in hows if how != "flex" or n in ends]
-    dense = {"dense": functools.partial(_dense, "flash" if device == "cuda" else "sdpa")}
-    # Backward by flex would be compiled at each length again.
-    _all_hows(result, plan, device, hows, labels, which, ("forward",), more=dense)
-    rest = [how for how in hows if how != "flex"]
-    if "both" in plan["passes"]:
-        _all_hows(result, plan, device, rest, labels, which, ("both",), more=dense)
+    for what in plan["passes"]:
+        hows = [
+            how for how in plan["hows"]
+            if (how != "naive" or n <= 16384)
+            # compiling costs seconds for each length, and says nothing new between the ends
+            and (how != "flex" or (what == "forward" and n in _flex_lengths(plan)))
+        ]  # fmt: skip
+        functions = _functions(plan, which, hows)
+        functions["dense"] = functools.partial(_dense, "flash" if plan["kernels"] else "sdpa")
+        _race(result, plan, device, functions, labels, which, what)
 
 
-def _all_hows(
-    result, plan, device, hows, labels, which, passes, *, reorder: bool = False, more=None
-) -> None:
+def _functions(plan, which, hows, *, reorder: bool = False) -> dict[str, Callable]:
+    """Functions of q, k, v: one for each way."""
     from labkit.patterns import pattern_attention
 
-    functions = dict(more or {})
-    for how in hows:
-        functions[how] = functools.partial(
-            _through, pattern_attention, which, how, plan["block"], reorder
-        )
-    _race(result, plan, device, functions, labels, which, *passes)
+    options = {"causal": True, "block": plan["block"], "reorder": reorder}
+    return {how: functools.partial(_attend, pattern_attention, which, how, options) for how in hows}
 
 
-def _through(attend, which, how, block, reorder, q, k, v):
-    return attend(q, k, v, which, how=how, causal=True, block=block, reorder=reorder)
+def _attend(attention, which, how, options, q, k, v):
+    return attention(q, k, v, which, how=how, **options)
 
 
-def _race(result, plan, device, functions, labels, which, *passes) -> None:
-    """Check each function, weigh it, time all that ran in turns; a row for each."""
-    import torch
+def _race(result, plan, device, functions, labels, which, *passes, there=None) -> None:
+    """Check each function, weigh it, time all that ran in turns; a row for each.
 
+    ``there`` is the pattern whose blocks are computed, if that is not ``which``.
+    """
     n = labels["seq_len"]
-    if passes == ("dense",):
-        passes = plan["passes"]
-    stats = _statistics(which, n, plan, device)
+    stats = _statistics(there or which, n, plan, device)
     q, k, v, dout = _draw(plan, n, device)
     for what in passes:
         leaves = [x.detach().requires_grad_(what == "both") for x in (q, k, v)]
@@ -337,18 +376,15 @@ def _race(result, plan, device, functions, labels, which, *passes) -> None:
             call = functools.partial(_forward if what == "forward" else _both, fn, leaves, dout)
             start = time.perf_counter()
             try:
-                found[name] = {"error": _error(call(), truth, what)}
-                found[name]["first_s"] = round(time.perf_counter() - start, 2)
-                found[name]["mask_bytes"] = (
-                    0 if labels["pattern"] == "dense" else _mask_bytes(which, name, n, plan, device)
-                )
-                found[name]["peak"] = _peak(call, device)
-            except torch.OutOfMemoryError as error:
-                result.notes.append(f"{name} {what} at {labels}: {_first_line(error)}")
-                _release(device)
-                continue
+                found[name] = {
+                    "error": _error(call(), truth),
+                    "first_s": round(time.perf_counter() - start, 2),
+                    "mask_bytes": _mask_bytes(there or which, name, labels, plan, device),
+                    "peak": _peak(call, device),
+                }
             except Exception as error:
-                result.notes.append(f"{name} {what} at {labels}: {_first_line(error)}")
+                where = f"{labels['pattern']}, {name}, {what}, seq_len {n}"
+                result.notes.append(f"{where}: {first_line(error)}")
                 continue
             calls[name] = call
         _time(result, plan, calls, found, labels | {"pass": what}, stats)
@@ -368,8 +404,6 @@ def _both(fn, leaves, dout):
 
 
 def _time(result, plan, calls, found, labels, stats) -> None:
-    from statistics import median
-
     from labkit.timing import time_many
 
     if not calls:
@@ -378,13 +412,10 @@ def _time(result, plan, calls, found, labels, stats) -> None:
         calls, warmup_ms=plan["rep_ms"] / 4, rep_ms=plan["rep_ms"], max_samples=_SAMPLES
     )
     for name in calls:
-        samples = [round(s, 6) for s in timings[name].samples_ms]
-        row = {**labels, **plan["shape"], "name": name, **found[name], **stats}
-        cost = _cost_name(name, labels["pattern"])
-        row |= {key: value for key, value in stats["costs"][cost].items()}
+        cost = stats["costs"][_cost_name(name, labels["pattern"])]
+        row = {**labels, **plan["shape"], "name": name, **found[name], **stats, **cost}
         row.pop("costs")
-        row |= {"median_ms": median(samples), "samples_ms": samples}
-        result.rows.append(row | {"method": timings[name].method})
+        result.rows.append(_timed(row, timings[name]))
 
 
 def _cost_name(how: str, pattern: str) -> str:
@@ -406,16 +437,17 @@ def _statistics(which, n: int, plan: dict[str, Any], device: str) -> dict[str, A
     }  # fmt: skip
 
 
-def _mask_bytes(which, how: str, n: int, plan: dict[str, Any], device: str) -> int:
+def _mask_bytes(which, how: str, labels, plan: dict[str, Any], device: str) -> int:
     """What is made once and kept: the matrix, or the lists of blocks."""
     from labkit.patterns.masks import block_mask_bytes
 
-    if how in ("naive", "sdpa"):
+    n = labels["seq_len"]
+    if labels["pattern"] == "dense" or how not in ("naive", "sdpa", "flex"):
+        return 0
+    if how != "flex":
         return n * n
-    if how == "flex":
-        made = which.block_mask(n, causal=True, device=device, block=plan["block"])
-        return block_mask_bytes(made)
-    return 0
+    made = which.block_mask(n, causal=True, device=device, block=plan["block"])
+    return block_mask_bytes(made)
 
 
 def _peak(call: Callable, device: str) -> int | None:
@@ -447,19 +479,20 @@ def _oracle(which, q, k, v, dout, what: str):
     k64, v64 = (x[-1, -1].double() for x in (k, v))
     j = torch.arange(n, device=q.device)[None, :]
     seen = which.predicate(n, q.device)(rows[:, None], j) & (j <= rows[:, None])
-    s = (q64 @ k64.mT * q.shape[3] ** -0.5).masked_fill(~seen, float("-inf"))
-    p = torch.softmax(s, -1)
-    if what == "forward":
-        return rows, p @ v64
-    dp = dout64 @ v64.mT
-    ds = p * (dp - (dp * p).sum(-1, keepdim=True))
-    return rows, ds @ k64 * q.shape[3] ** -0.5
+    with _exact():
+        s = (q64 @ k64.mT * q.shape[3] ** -0.5).masked_fill(~seen, float("-inf"))
+        p = torch.softmax(s, -1)
+        if what == "forward":
+            return rows, p @ v64
+        dp = dout64 @ v64.mT
+        ds = p * (dp - (dp * p).sum(-1, keepdim=True))
+        return rows, ds @ k64 * q.shape[3] ** -0.5
 
 
-def _error(out, truth, what: str) -> float:
+def _error(out, truth) -> float:
     """‖· − float64‖ / ‖float64‖ over the oracle's rows."""
     rows, expected = truth
-    difference = out[-1, -1, rows].double() - expected
+    difference = out.detach()[-1, -1, rows].double() - expected
     return (difference.norm() / expected.norm()).item()
 
 
