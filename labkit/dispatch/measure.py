@@ -323,8 +323,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _release(device: str) -> None:
-    gc.collect()
+    """After running out of memory, give back what the failed attempt held."""
     if device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -29,6 +29,7 @@ from labkit.plots.backward import (
     ways_memory,
     ways_time,
 )
+from labkit.plots.dispatch import backend_map, half_gain, sdpa_picks
 from labkit.plots.drawing import Drawing, Shown, draw, figure, show
 from labkit.plots.flash import flash_rates, flash_resources, flash_steps, score_clocks
 from labkit.plots.flow import data_flow
@@ -87,6 +88,7 @@ __all__ = [
     "Theme",
     "access_order",
     "attention_patterns",
+    "backend_map",
     "backward_passes",
     "backward_rates",
     "branch_reads",
@@ -104,6 +106,7 @@ __all__ = [
     "gate_histogram",
     "gradient_errors",
     "growth",
+    "half_gain",
     "half_rate_error",
     "half_rate_savings",
     "here_beside_recorded",
@@ -141,6 +144,7 @@ __all__ = [
     "saved_bars",
     "scaling_fit",
     "score_clocks",
+    "sdpa_picks",
     "selected_blocks",
     "show",
     "size_axis",
