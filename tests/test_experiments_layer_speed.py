@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -42,6 +44,28 @@ def test_both_sizes_are_the_same_problem_for_attention():
         (s["batch"] * s["heads"], s["dim"] // s["heads"]) for s in layer_forward.SIZES.values()
     }
     assert problems == {(16, 64)}
+
+
+def test_plans_ask_for_what_there_is():
+    for quick in (True, False):
+        plan = layer_forward._plan(quick, "cuda")
+        names = {*plan["configs"], *plan["launch_configs"], *plan.get("long", ())}
+        names |= {item[0] for item in (*plan["compile"], *plan.get("compile_last", ()))}
+        assert names <= set(plan["configs"]) <= set(layer_forward.CONFIGS)
+        assert {size for size, _ in plan["forward"]} <= set(layer_forward.SIZES)
+    lengths = [n for size, n in plan["forward"] if size == "report"]
+    assert set(layer_forward.CLAIMED) < set(lengths) and max(lengths) == 16384
+    assert {n for pair in products.FLASH.values() for n in pair} <= set(layer_forward.CONFIGS)
+
+
+def test_labkit_flash_is_not_tuned_meanwhile(monkeypatch):
+    for before in (None, "1"):
+        monkeypatch.delenv("LABKIT_TUNE", raising=False)
+        if before:
+            monkeypatch.setenv("LABKIT_TUNE", before)
+        with layer_forward._untuned():
+            assert os.environ["LABKIT_TUNE"] == "0"
+        assert os.environ.get("LABKIT_TUNE") == before
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,7 @@ from labkit.experiments.layer_forward import (
     CONFIGS,
     SIZES,
     _distance,
+    _untuned,
     _weights,
     call,
     network,
@@ -95,7 +96,7 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
         }  # fmt: skip
     report = [("report", n) for n in (256, 512, 1024, 2048, 4096, 8192)]
     return {
-        "parts": [*report, ("realistic", 4096), ("report", 16384)], "flash": tuple(FLASH),
+        "parts": [*report, ("realistic", 4096)], "flash": tuple(FLASH),
         "training": [1024, 512, 2048, 4096], "rep_ms": 20,
     }  # fmt: skip
 
@@ -140,7 +141,7 @@ def run(
         "parts": functools.partial(_parts, result, plan, device),
         "training": functools.partial(_training, result, plan, device),
     }
-    with _one_thread(device):
+    with _one_thread(device), _untuned():
         within_budget(result, work, do, _BUDGET_S, progress)
     _summarise(result)
     return result
