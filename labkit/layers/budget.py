@@ -41,8 +41,10 @@ __all__ = [
     "OPTIMIZERS",
     "PARTS",
     "PRECISIONS",
+    "SYMBOLS",
     "Budget",
     "Case",
+    "closed_form",
     "kept_per_layer",
     "layer_budget",
     "longest",
@@ -63,14 +65,13 @@ PRECISIONS: dict[str, tuple[int, int, bool]] = {
 #: optimiser → how many tensors as large as the weights it keeps
 OPTIMIZERS = {"adamw": 2, "sgd": 0}
 
-# Batch, seq_len, query heads, head_dim, KV heads, ff_mult, layers beyond the first, bytes per
-# element computed and per weight.
-_B, _N, _H, _D, _G, _F, _M, _e, _w = symbols("B N H D G F M e w")
-_T = _B * _N
-_C = _H * _D
-_KV = _G * _D
-_PAIRS = _B * _H * _N * _N
-#: parameters of a layer, each of which the optimiser counts the steps of
+#: symbol of the closed forms → what it is
+SYMBOLS = {
+    "B": "batch", "N": "seq_len", "H": "query heads", "D": "head_dim", "G": "KV heads",
+    "F": "ff_mult", "M": "layers beyond the first", "e": "bytes of an element",
+    "w": "bytes of a weight",
+}  # fmt: skip
+#: parameters of a layer that are tensors of their own
 _TENSORS = 16
 
 
@@ -121,31 +122,30 @@ class _Writer:
         self.case = case
         self.tape = Tape(records=False, in_place=not case.traced)
         #: bytes per element of what a product makes, and of the stream between the layers
-        self.item = Form(2) if case.autocast else _e
-        self.wide = Form(4) if case.autocast else _e
+        self.item = "2" if case.autocast else "e"
+        self.wide = "4" if case.autocast else "e"
         self.cached: list[Buffer] = []
         self.again = self.stop = False
         self.ready: Buffer | None = None
 
-    def new(self, name: str, count: Form, item: Form, part: str = "workspace") -> Tensor:
-        if self.stop:
-            count = Form(0)
-        return Tensor(self.tape.make(name, count * item, part), item, False)
+    def new(self, name: str, count: str, item: str, part: str = "workspace") -> Tensor:
+        size = "" if self.stop else f"{count} {item}"
+        return Tensor(self.tape.make(name, size, part), item, False)
 
-    def _parameter_gradient(self, name: str, count: Form) -> None:
-        self.tape.make(name, count * _w, "gradients")  # held by the parameter from here on
+    def _parameter_gradient(self, name: str, count: str) -> None:
+        self.tape.make(name, f"{count} w", "gradients")  # held by the parameter from here on
 
     def norm(self, x: Tensor) -> Tensor:
         """LayerNorm: keeps x, and mean and 1/σ of each row."""
         t = self.tape
-        stats = Form(4) if self.case.cuda or self.case.autocast else _e
-        out = self.new("LayerNorm", _T * _C, self.wide)
-        mean, rstd = (t.make(name, _T * stats) for name in ("mean", "1/σ"))
+        stats = "4" if self.case.cuda or self.case.autocast else "e"
+        out = self.new("LayerNorm", "T C", self.wide)
+        mean, rstd = (t.make(name, f"T {stats}") for name in ("mean", "1/σ"))
 
         def run(dy: Buffer):
-            dx = t.make("d LayerNorm", _T * _C * x.item) if x.grad else None
-            self._parameter_gradient("dγ", _C)
-            self._parameter_gradient("dβ", _C)
+            dx = t.make("d LayerNorm", f"T C {x.item}") if x.grad else None
+            self._parameter_gradient("dγ", "C")
+            self._parameter_gradient("dβ", "C")
             return (dx,)
 
         t.node([x], out, [x.buffer, mean, rstd], run)
@@ -153,20 +153,20 @@ class _Writer:
         out.grad = t.records
         return out
 
-    def cast(self, x: Tensor, count: Form, item: Form, name: str) -> Tensor:
+    def cast(self, x: Tensor, count: str, item: str, name: str) -> Tensor:
         """x in another element type; nothing is kept."""
         out = self.new(name, count, item)
         back = x.item
 
         def run(dy: Buffer):
-            return (self.tape.make(f"d {name}", count * back),)
+            return (self.tape.make(f"d {name}", f"{count} {back}"),)
 
         return self.tape.node([x], out, [], run)
 
-    def _half_parameter(self, name: str, count: Form) -> Tensor:
+    def _half_parameter(self, name: str, count: str) -> Tensor:
         """autocast's half-precision copy of a parameter, remembered until autocast ends."""
         t = self.tape
-        out = Tensor(t.make(name, 2 * count, "weights"), Form(2), True)
+        out = Tensor(t.make(name, f"{count} 2", "weights"), "2", True)
         self.cached.append(t.hold(out.buffer))
 
         def run(dy: Buffer):
@@ -177,16 +177,16 @@ class _Writer:
         out.grad = t.records
         return out
 
-    def linear(self, x: Tensor, inner: Form, outer: Form, name: str) -> Tensor:
+    def linear(self, x: Tensor, inner: str, outer: str, name: str) -> Tensor:
         """x Wᵀ + b for every token: keeps x, and autocast's copy of W."""
         # a tensor that a checkpoint hands out is let go of as soon as it has been used
-        t, tokens, again = self.tape, _T, self.again
+        t, again = self.tape, self.again
         if not self.case.autocast:
-            out = self.new(name, tokens * outer, self.item)
+            out = self.new(name, f"T {outer}", self.item)
 
             def run(dy: Buffer):
-                dx = t.make(f"d input of {name}", tokens * inner * self.item) if x.grad else None
-                self._parameter_gradient(f"dW {name}", inner * outer)
+                dx = t.make(f"d input of {name}", f"T {inner} {self.item}") if x.grad else None
+                self._parameter_gradient(f"dW {name}", f"{inner} {outer}")
                 if again:
                     t.release()
                 self._parameter_gradient(f"db {name}", outer)
@@ -197,18 +197,18 @@ class _Writer:
             return out
         # the arguments are converted from the last to the first
         bias = self._half_parameter(f"b {name}, half", outer)
-        weight = self._half_parameter(f"W {name}, half", inner * outer)
+        weight = self._half_parameter(f"W {name}, half", f"{inner} {outer}")
         y = x
-        if x.item != Form(2):
-            y = self.cast(x, tokens * inner, Form(2), f"input of {name}, half")
-        out = self.new(name, tokens * outer, self.item)
+        if x.item != "2":
+            y = self.cast(x, f"T {inner}", "2", f"input of {name}, half")
+        out = self.new(name, f"T {outer}", self.item)
 
         def run_half(dy: Buffer):
-            dx = t.make(f"d input of {name}", 2 * tokens * inner) if y.grad else None
-            dw = t.make(f"dW {name}, half", 2 * inner * outer)
+            dx = t.make(f"d input of {name}", f"T {inner} 2") if y.grad else None
+            dw = t.make(f"dW {name}, half", f"{inner} {outer} 2")
             if again:
                 t.release()
-            db = t.make(f"db {name}, half", 2 * outer)
+            db = t.make(f"db {name}, half", f"{outer} 2")
             return dx, dw, db
 
         t.node([y, weight, bias], out, [y.buffer, weight.buffer], run_half)
@@ -220,17 +220,17 @@ class _Writer:
 
     def gelu(self, x: Tensor) -> Tensor:
         """GELU: keeps its input."""
-        out = self.new("GELU", _T * _C * _F, self.item)
+        out = self.new("GELU", "T C F", self.item)
 
         def run(dy: Buffer):
-            return (self.tape.make("d GELU", _T * _C * _F * self.item),)
+            return (self.tape.make("d GELU", f"T C F {self.item}"),)
 
         return self.tape.node([x], out, [x.buffer], run)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """x + y: keeps nothing; the gradient goes both ways, in half precision where y was."""
         t = self.tape
-        out = self.new("residual", _T * _C, self.wide)
+        out = self.new("residual", "T C", self.wide)
 
         def run(dy: Buffer):
             if y.item == self.wide:
@@ -238,7 +238,7 @@ class _Writer:
             elif self.ready is not None:
                 right, self.ready = self.ready, None
             else:
-                right = t.make("dy, half", _T * _C * y.item)
+                right = t.make("dy, half", f"T C {y.item}")
             return (t.hold(dy), right)
 
         return t.node([x, y], out, [], run)
@@ -247,16 +247,17 @@ class _Writer:
     def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """A kernel that writes O and the LSE, and keeps them with q, k and v."""
         t, item = self.tape, self.item
-        out = self.new("O", _T * _C, item)
-        lse = t.make("LSE", 4 * _T * _H)
+        out = self.new("O", "T C", item)
+        lse = t.make("LSE", "T H 4")
         kept = [q.buffer, k.buffer, v.buffer, out.buffer, lse]
 
         def run(dout: Buffer):
-            made = [t.make(n, _T * c * item) for n, c in (("dQ", _C), ("dK", _KV), ("dV", _KV))]
+            widths = {"dQ": "C", "dK": "K", "dV": "K"}
+            made = [t.make(name, f"T {width} {item}") for name, width in widths.items()]
             if not self.case.traced:
-                t.brief("delta", 4 * _T * _H)
+                t.brief("delta", "T H 4")
                 if self.case.backend == "sdpa" and self.case.half:
-                    t.brief("dQ in float32", 4 * _T * _C)
+                    t.brief("dQ in float32", "T C 4")
             return made
 
         t.node([q, k, v], out, kept, run)
@@ -268,36 +269,36 @@ class _Writer:
         t, case, item = self.tape, self.case, self.item
         mask = self._mask() if case.causal else None
 
-        def scores(name: str, size: Form = item) -> Tensor:
-            return self.new(name, _PAIRS, size, "scores")
+        def scores(name: str, size: str = item) -> Tensor:
+            return self.new(name, "S", size, "scores")
 
-        def by_heads(x: Tensor, width: Form, name: str, copied: bool) -> Tensor:
+        def by_heads(x: Tensor, width: str, name: str, copied: bool) -> Tensor:
             """x as the product wants it; the gradient comes back as it is."""
-            y = self.new(name, _T * width, item) if copied else self.view(x)
+            y = self.new(name, f"T {width}", item) if copied else self.view(x)
             return t.node([x], y, [], lambda dy: (t.hold(dy),))
 
-        def product(a: Tensor, b: Tensor, out: Tensor, da: Form, db: Form, part: str) -> Tensor:
+        def product(a: Tensor, b: Tensor, out: Tensor, da: str, db: str, part: str) -> Tensor:
             def run(dy: Buffer):
-                second = t.make("d second factor", db * b.item)
-                return t.make("d first factor", da * a.item, part), second
+                second = t.make("d second factor", f"{db} {b.item}")
+                return t.make("d first factor", f"{da} {a.item}", part), second
 
             return t.node([a, b], out, [a.buffer, b.buffer], run)
 
-        def step(x: Tensor, y: Tensor, saved=(), size: Form = item, scratch: bool = False):
+        def step(x: Tensor, y: Tensor, saved=(), size: str = item, scratch: bool = False):
             """One element-wise operation on the scores."""
 
             def run(dy: Buffer):
-                made = t.make(f"d of a step to {y.buffer.name}", _PAIRS * size, "scores")
+                made = t.make(f"d of a step to {y.buffer.name}", f"S {size}", "scores")
                 if scratch and case.cuda and not case.traced:
-                    t.brief("dP ⊙ P", _PAIRS * y.item, "scores")
+                    t.brief("dP ⊙ P", f"S {y.item}", "scores")
                 return (made,)
 
             return t.node([x], y, saved, run)
 
         # S = scale · QKᵀ, hidden scores set to −∞
-        qh = by_heads(q, _C, "Q by heads", case.gather_q)
-        kh = by_heads(k, _KV, "Kᵀ by heads", case.gather_kv)
-        raw = product(qh, kh, scores("QKᵀ"), _T * _C, _T * _KV, "workspace")
+        qh = by_heads(q, "C", "Q by heads", case.gather_q)
+        kh = by_heads(k, "K", "Kᵀ by heads", case.gather_kv)
+        raw = product(qh, kh, scores("QKᵀ"), "T C", "T K", "workspace")
         t.drop(qh, kh)
         S = step(raw, scores("S"))
         t.drop(raw)
@@ -307,9 +308,9 @@ class _Writer:
             S = hidden
         # P = softmax(S)
         if case.autocast and case.cuda:
-            exact = step(S, scores("S in float32", Form(4)), (), Form(2))
-            P = scores("P in float32", Form(4))
-            step(exact, P, [P.buffer], Form(4), scratch=True)
+            exact = step(S, scores("S in float32", "4"), (), "2")
+            P = scores("P in float32", "4")
+            step(exact, P, [P.buffer], "4", scratch=True)
             t.drop(exact)
         else:
             P = scores("P")
@@ -318,10 +319,10 @@ class _Writer:
         # O = PV
         factor = P
         if P.item != item:
-            factor = step(P, scores("P in half", item), (), Form(4))
-        vh = by_heads(v, _KV, "V by heads", case.gather_kv)
-        out = self.new("O by heads", _T * _C, item)
-        product(factor, vh, out, _PAIRS, _T * _KV, "scores")
+            factor = step(P, scores("P in half", item), (), "4")
+        vh = by_heads(v, "K", "V by heads", case.gather_kv)
+        out = self.new("O by heads", "T C", item)
+        product(factor, vh, out, "S", "T K", "scores")
         t.drop(vh, P, mask)
         if factor is not P:
             t.drop(factor)
@@ -329,9 +330,9 @@ class _Writer:
 
     def _mask(self) -> Buffer:
         t = self.tape
-        rows, columns = t.make("i", 8 * _N), t.make("j", 8 * _N)
-        shifted = t.make("i + Nk − Nq", 8 * _N)
-        mask = t.make("mask", _N * _N, "scores")
+        rows, columns = t.make("i", "N 8"), t.make("j", "N 8")
+        shifted = t.make("i + Nk − Nq", "N 8")
+        mask = t.make("mask", "N N", "scores")
         t.drop(rows, columns, shifted)
         return mask
 
@@ -339,12 +340,12 @@ class _Writer:
         """Another name for the same bytes."""
         return Tensor(self.tape.hold(x.buffer), x.item, x.grad)
 
-    def heads(self, x: Tensor, width: Form, copied: bool) -> Tensor:
+    def heads(self, x: Tensor, width: str, copied: bool) -> Tensor:
         """A projection seen head by head; its gradient may lie otherwise and is copied then."""
         t, y = self.tape, self.view(x)
 
         def run(dy: Buffer):
-            return (t.make("gradient by tokens", _T * width * x.item) if copied else t.hold(dy),)
+            return (t.make("gradient by tokens", f"T {width} {x.item}") if copied else t.hold(dy),)
 
         t.drop(x)
         return t.node([x], y, [], run)
@@ -352,12 +353,12 @@ class _Writer:
     def by_tokens(self, o: Tensor) -> Tensor:
         """O of naive attention, copied to ``[batch, seq_len, dim]``."""
         t = self.tape
-        out = self.new("O by tokens", _T * _C, self.item) if self.case.many_heads else self.view(o)
+        out = self.new("O by tokens", "T C", self.item) if self.case.many_heads else self.view(o)
 
         def run(dy: Buffer):
             if not self.case.gather_q:
                 return (t.hold(dy),)
-            return (t.make("dO by heads", _T * _C * self.item),)
+            return (t.make("dO by heads", f"T C {self.item}"),)
 
         return t.node([o], out, [], run)
 
@@ -373,24 +374,24 @@ class _Writer:
         many, several = self.case.many_heads, self.case.many_kv_heads
         projections = []
         # K's gradient comes as that of Kᵀ, so it is always laid out anew
-        for name, width, moved in (("q", _C, many), ("k", _KV, True), ("v", _KV, several)):
-            y = self.linear(h, _C, width, f"{name}_proj")
+        for name, width, moved in (("q", "C", many), ("k", "K", True), ("v", "K", several)):
+            y = self.linear(h, "C", width, f"{name}_proj")
             projections.append(self.heads(y, width, moved) if naive else y)
         q, k, v = projections
         o = self.naive(q, k, v) if naive else self.fused(q, k, v)
         flat = self.by_tokens(o) if naive else self.view(o)
         if not naive:
             t.node([o], flat, [], lambda dy: (t.hold(dy),))
-        y = self.linear(flat, _C, _C, "out_proj")
+        y = self.linear(flat, "C", "C", "out_proj")
         t.drop(flat, q, k, v, o, h)
         x1 = self.add(x, y)
         t.drop(y)
         h = self.norm(x1)
-        wide = self.linear(h, _C, _C * _F, "ff.0")
+        wide = self.linear(h, "C", "C F", "ff.0")
         active = self.gelu(wide)
         t.drop(wide)
         self.stop = again
-        y = self.linear(active, _C * _F, _C, "ff.2")
+        y = self.linear(active, "C F", "C", "ff.2")
         t.drop(active, h)
         out = self.add(x1, y)
         self.stop = False
@@ -408,7 +409,7 @@ class _Writer:
             later, t.nodes = t.nodes, []
             cached, self.cached = self.cached, []
             if self.case.autocast:  # what the last product waits for, before anything is made again
-                self.ready = t.make("dy, half", 2 * _T * _C)
+                self.ready = t.make("dy, half", "T C 2")
             t.at("again", t.layer)
             start = Tensor(x.buffer, x.item, x.grad)
             self.again = True
@@ -440,17 +441,17 @@ class _Writer:
 
     def loss(self, y: Tensor, target: Tensor) -> None:
         """The mean square error in float32, the backward pass, and the update in place."""
-        t, exact, case = self.tape, Form(4), self.case
+        t, exact, case = self.tape, "4", self.case
         t.at("loss")
         y32, target32 = y, target
         if not case.autocast and case.half:
-            y32 = self.cast(y, _T * _C, exact, "output in float32")
+            y32 = self.cast(y, "T C", exact, "output in float32")
             t.drop(y)
-            target32 = self.cast(target, _T * _C, exact, "target in float32")
+            target32 = self.cast(target, "T C", exact, "target in float32")
         loss = Tensor(t.make("loss", exact), exact, True)
 
         def run(dy: Buffer):
-            return (t.make("d loss", _T * _C * exact),)
+            return (t.make("d loss", f"T C {exact}"),)
 
         t.node([y32], loss, [y32.buffer, target32.buffer], run)
         t.drop(y32)
@@ -468,36 +469,28 @@ class _Writer:
         t.brief("update", exact)  # a fused optimiser needs nothing; this notes the moment
 
 
-def parameters() -> tuple[Form, Form]:
-    """How many numbers a layer holds as weights, and the last norm."""
-    layer = 2 * _C * _C + 2 * _C * _KV + 2 * _C + 2 * _KV  # projections and their biases
-    layer = layer + 2 * _F * _C * _C + _F * _C + _C  # feed-forward
-    return layer + 4 * _C, 2 * _C  # two norms
-
-
 def _events(case: Case, layers: int) -> list[Moment]:
     """Every moment of one step (or one forward pass) of that many layers."""
     w = _Writer(case)
     t = w.tape
     t.at("held")
-    # as one layer's and the rest, of which there are as many as layers
-    each, rest = parameters()
     for _ in range(layers):
-        t.make("weights", each * _w, "weights")
-    t.make("weights", rest * _w, "weights")
-    x = Tensor(t.make("x", _T * _C * w.wide, "activations"), w.wide, False)
+        t.make("weights", "W w", "weights")
+    t.make("weights", "R w", "weights")
+    x = Tensor(t.make("x", f"T C {w.wide}", "activations"), w.wide, False)
     if case.mode == "inference":
         w.model(x, layers)
         t.drop(*w.cached)
         return t.moments
     if case.optimizer is not None and OPTIMIZERS[case.optimizer]:
-        states = OPTIMIZERS[case.optimizer] * _w
-        for _ in range(layers):
-            t.make("optimizer", each * states + 4 * _TENSORS, "optimizer")
-        t.make("optimizer", rest * states + 4 * 2, "optimizer")
+        # as many states as the weights have numbers, and a float32 for each tensor: steps made
+        for numbers, tensors in [("W", _TENSORS)] * layers + [("R", 2)]:
+            for _ in range(OPTIMIZERS[case.optimizer]):
+                t.make("optimizer", f"{numbers} w", "optimizer")
+            t.make("steps made", f"{4 * tensors}", "optimizer")
     if case.scaled:
-        t.make("scale, and good steps in a row", Form(8), "optimizer")
-    target = Tensor(t.make("target", _T * _C * w.wide, "activations"), w.wide, False)
+        t.make("scale, and good steps in a row", "8", "optimizer")
+    target = Tensor(t.make("target", f"T C {w.wide}", "activations"), w.wide, False)
     t.records = True
     y = w.model(x, layers)
     w.loss(y, target)
@@ -511,10 +504,9 @@ def _events(case: Case, layers: int) -> list[Moment]:
 def moments(case: Case, *, single: bool = False) -> tuple[Moment, ...]:
     """The moments of a step of which one is the peak, whatever the sizes.
 
-    Each counts buffers whose sizes are forms in B, N, H, D (head_dim), G (KV heads), F (ff_mult),
-    e, w, and M, the layers beyond the first.  What a layer adds is the same for each, and the
-    first and the last are the extremes, so a model of any depth is a straight line through those
-    of two and three layers.  ``single`` is a model of one.
+    What a layer adds is the same for each, and the first and the last are the extremes, so a model
+    of any depth is a straight line through those of two and three layers: the sizes have a factor
+    M, the layers beyond the first.  ``single`` is a model of one.
     """
     if single:
         return tuple(_highest(_events(case, 1)))
@@ -524,13 +516,14 @@ def moments(case: Case, *, single: bool = False) -> tuple[Moment, ...]:
         if place is None:
             continue
         more = three[place].alive
-        alive: dict[tuple[str, Form], int] = {}
+        alive: dict[tuple[str, str], int] = {}
         for key in {**m.alive, **more}:
-            part, form = key
+            part, size = key
             at_two, step = m.alive.get(key, 0), more.get(key, 0) - m.alive.get(key, 0)
-            for size, count in ((form, at_two - step), (form * _M, step)):
-                if count:
-                    alive[part, size] = alive.get((part, size), 0) + count
+            if at_two != step:
+                alive[key] = at_two - step
+            if step:
+                alive[part, f"M {size}"] = step
         found.append(Moment(m.where, m.name, alive))
     return tuple(_highest(found))
 
@@ -551,17 +544,54 @@ def _highest(found: list[Moment]) -> Iterator[Moment]:
             yield m
 
 
+def closed_form(moment: Moment, part: str | None = None) -> Form:
+    """Bytes of one part at that moment, or of all, as a form in the symbols of ``SYMBOLS``."""
+    total = Form(0)
+    for (of, size), count in moment.alive.items():
+        if part in (None, of):
+            total = total + _form(size) * count
+    return total
+
+
+@lru_cache(maxsize=1024)
+def _form(size: str) -> Form:
+    b, n, h, d, g, f, m = symbols("B N H D G F M")
+    c, k = h * d, g * d
+    layer = 2 * c * c + 2 * c * k + 2 * c + 2 * k  # projections and their biases
+    layer = layer + 2 * f * c * c + f * c + c + 4 * c  # feed-forward, two norms
+    named = {"T": b * n, "C": c, "K": k, "S": b * h * n * n, "W": layer, "R": 2 * c, "M": m}
+    product = Form(1)
+    for factor in size.split():
+        one = Form(int(factor)) if factor.isdigit() else named.get(factor)
+        product = product * (symbols(factor)[0] if one is None else one)
+    return product
+
+
+def _numbers(sizes: dict[str, int]) -> dict[str, int]:
+    """What the factors of a size stand for."""
+    return sizes | {name: _form(name)(**sizes) for name in ("T", "C", "K", "S", "W", "R")}
+
+
+def _bytes(size: str, numbers: dict[str, int]) -> int:
+    product = 1
+    for factor in size.split():
+        product *= numbers[factor] if factor in numbers else int(factor)
+    return product
+
+
 def kept_per_layer(case: Case) -> Form:
     """Bytes that autograd keeps of one layer between forward and backward, scores included."""
     at = {}
     for layers in (2, 3):
         before = next(m for m in _events(case, layers) if m.where[0] == "loss")
-        at[layers] = before.form("activations") + before.form("scores")
+        at[layers] = closed_form(before, "activations") + closed_form(before, "scores")
     return at[3] - at[2]
 
 
 # -- what is asked ---------------------------------------------------------------------------------
 
+#: how often seq_len is in a factor
+_DEGREE = {"N": 1, "T": 1, "S": 2}
 _PHASES = {
     "forward": "forward pass",
     "loss": "the loss",
@@ -684,21 +714,22 @@ def layer_budget(
         training=training, optimizer=optimizer, checkpoint=checkpoint, causal=causal,
         num_kv_heads=num_kv_heads, ff_mult=ff_mult, device=device, traced=traced,
     )  # fmt: skip
-    known: dict[Form, int] = {}
+    numbers = _numbers(sizes)
+    known: dict[str, int] = {}
 
-    def value(form: Form) -> int:
-        if form not in known:
-            known[form] = _value(form, sizes)
-        return known[form]
+    def value(size: str) -> int:
+        if size not in known:
+            known[size] = _bytes(size, numbers)
+        return known[size]
 
     single = sizes["M"] == 0
     _, best = max(
-        ((sum(value(f) * n for (_, f), n in m.alive.items()), -i), m)
+        ((sum(value(size) * n for (_, size), n in m.alive.items()), -i), m)
         for i, m in enumerate(moments(case, single=single))
     )  # the first of equals
     parts = {part: 0 for part in PARTS}
-    for (part, form), n in best.alive.items():
-        parts[part] += value(form) * n
+    for (part, size), n in best.alive.items():
+        parts[part] += value(size) * n
     phase, layer, _ = best.where
     where = "" if single or layer == 0 else ", first layer" if layer == 1 else ", last layer"
     if layer > (1 if single else 2):
@@ -729,15 +760,13 @@ def longest(
     """
     check_positive_int("memory_bytes", memory_bytes)
     case, sizes = _asked(dim, num_heads, num_layers, 1, batch, **options)
-    known: dict[Form, tuple[int, ...]] = {}
+    numbers = _numbers(sizes)
     curves = set()
     for m in moments(case, single=sizes["M"] == 0):
-        curve = [0, 0, 0]
-        for (_, form), n in m.alive.items():
-            if form not in known:
-                known[form] = _in_seq_len(form, sizes)
-            for power, c in enumerate(known[form]):
-                curve[power] += c * n
+        curve = [0, 0, 0]  # coefficients of 1, N and N²: at seq_len 1 a size is its coefficient
+        for (_, size), n in m.alive.items():
+            degree = sum(_DEGREE.get(factor, 0) for factor in size.split())
+            curve[degree] += _bytes(size, numbers) * n
         curves.add(tuple(curve))
 
     def fits(n: int) -> bool:
@@ -811,28 +840,3 @@ def _asked(
         "M": num_layers - 1, "e": e, "w": w,
     }  # fmt: skip
     return case, sizes
-
-
-def _value(form: Form, sizes: dict[str, int]) -> int:
-    """The form at these sizes; faster than the form itself, whose coefficients are fractions."""
-    total = 0
-    for powers, coefficient in form.terms.items():
-        term = coefficient.numerator
-        for name, power in powers:
-            term *= sizes[name] ** power
-        total += term
-    return total
-
-
-def _in_seq_len(form: Form, sizes: dict[str, int]) -> tuple[int, int, int]:
-    """Coefficients of 1, N and N² at these sizes."""
-    out = [0, 0, 0]
-    for powers, coefficient in form.terms.items():
-        term, degree = coefficient.numerator, 0
-        for name, power in powers:
-            if name == "N":
-                degree = power
-            else:
-                term *= sizes[name] ** power
-        out[degree] += term
-    return tuple(out)

@@ -1,20 +1,21 @@
 """A tape without data: forward and backward of a network, as tensors that are made and freed.
 
 Autograd keeps what the backward pass will ask for, runs the operators again in reverse order,
-and adds gradients where they meet.  Here the same rules run on closed forms instead of tensors:
-a buffer has a size in symbols, a part of the budget that it belongs to, and a count of who
-holds it.  When nobody does it is freed, as in torch.  What results is every *moment* at which
-something is made: how many bytes of each part are alive just then.
+and adds gradients where they meet.  Here the same rules run on sizes instead of tensors: a buffer
+has a size in symbols, a part of the budget that it belongs to, and a count of who holds it.  When
+nobody does it is freed, as in torch.  What results is every *moment* at which something is made:
+how many buffers of each part and size are alive just then.
 
-Imports: closed_form.  No torch.  Taught in chapter 10 (fp32, fp16, which kernel, and who decides).
+A size is a product, written as its factors: ``"T C e"`` is batch · seq_len · dim · bytes per
+element.  Whoever asks for bytes or forms says what the symbols are.
+
+Imports: nothing.  No torch.  Taught in chapter 10 (fp32, fp16, which kernel, and who decides).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from labkit.closed_form import Form
 
 __all__ = ["PARTS", "Buffer", "Moment", "Tape", "Tensor"]
 
@@ -25,10 +26,10 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "scores", "workspac
 class Buffer:
     """Bytes that live as long as somebody holds them."""
 
-    __slots__ = ("form", "name", "part", "refs")
+    __slots__ = ("name", "part", "refs", "size")
 
-    def __init__(self, name: str, form: Form, part: str) -> None:
-        self.name, self.form, self.part, self.refs = name, form, part, 0
+    def __init__(self, name: str, size: str, part: str) -> None:
+        self.name, self.size, self.part, self.refs = name, size, part, 0
 
 
 class Tensor:
@@ -36,7 +37,7 @@ class Tensor:
 
     __slots__ = ("buffer", "grad", "item")
 
-    def __init__(self, buffer: Buffer, item: Form, grad: bool) -> None:
+    def __init__(self, buffer: Buffer, item: str, grad: bool) -> None:
         self.buffer, self.item, self.grad = buffer, item, grad
 
 
@@ -50,12 +51,7 @@ class Moment:
 
     where: tuple[str, int, int]
     name: str
-    alive: dict[tuple[str, Form], int]
-
-    def form(self, part: str | None = None) -> Form:
-        """Bytes of one part, or of all, in closed form."""
-        found = (form * n for (p, form), n in self.alive.items() if part in (None, p))
-        return sum(found, Form(0))
+    alive: dict[tuple[str, str], int]
 
 
 @dataclass
@@ -81,7 +77,7 @@ class Tape:
 
     def __init__(self, *, records: bool, in_place: bool = True) -> None:
         self.records, self.in_place = records, in_place
-        self.alive: dict[tuple[str, Form], int] = {}
+        self.alive: dict[tuple[str, str], int] = {}
         self.moments: list[Moment] = []
         self.nodes: list[_Node] = []
         self.phase, self.layer, self._counts = "", 0, {}
@@ -92,11 +88,11 @@ class Tape:
         """What is noted from here on belongs to this phase and layer."""
         self.phase, self.layer = phase, layer
 
-    def make(self, name: str, form: Form, part: str = "workspace") -> Buffer:
-        """A new buffer, held once by its maker."""
-        buffer = Buffer(name, form, part)
+    def make(self, name: str, size: str, part: str = "workspace") -> Buffer:
+        """A new buffer, held once by its maker; size ``""`` is none at all."""
+        buffer = Buffer(name, size, part)
         buffer.refs = 1
-        if form == 0:
+        if not size:
             return buffer
         self._count(buffer, +1)
         place = (self.phase, self.layer)
@@ -105,8 +101,14 @@ class Tape:
         return buffer
 
     def _count(self, buffer: Buffer, change: int) -> None:
-        key = (buffer.part, buffer.form)
-        self.alive[key] = self.alive.get(key, 0) + change
+        if not buffer.size:
+            return
+        key = (buffer.part, buffer.size)
+        left = self.alive.get(key, 0) + change
+        if left:
+            self.alive[key] = left
+        else:
+            del self.alive[key]
 
     def hold(self, buffer: Buffer) -> Buffer:
         buffer.refs += 1
@@ -124,9 +126,9 @@ class Tape:
             if buffer.refs == 0:
                 self._count(buffer, -1)
 
-    def brief(self, name: str, form: Form, part: str = "workspace") -> None:
+    def brief(self, name: str, size: str, part: str = "workspace") -> None:
         """Made and freed at once: what an operator needs while it runs."""
-        self.drop(self.make(name, form, part))
+        self.drop(self.make(name, size, part))
 
     def _keep(self, buffer: Buffer) -> Buffer:
         """Hold it for the backward pass: what was passing counts as an activation from now on."""
@@ -193,6 +195,6 @@ class Tape:
                 if self.in_place:
                     self.drop(new)
                 else:
-                    waiting[tensor] = self.make("sum of gradients", new.form)
+                    waiting[tensor] = self.make("sum of gradients", new.size)
                     self.drop(old, new)
         return waiting.pop(wanted, None)
