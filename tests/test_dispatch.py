@@ -27,6 +27,8 @@ from labkit.errors import ArgumentError
 
 ROOT = Path(__file__).resolve().parent.parent
 flags = torch.backends.cuda
+#: how torch ends a warning that explains a choice of backend
+AT = "(Triggered internally at /a/native/transformers/cuda/sdp_utils.cpp:12.)"
 
 
 def draw(*shape, dtype=torch.float32, n=3):
@@ -128,10 +130,10 @@ def test_explaining_leaves_no_trace():
         warnings.simplefilter("always")
         explain(q, k, v, dropout_p=0.1)
         with module._hearing() as said:
-            warnings.warn("Flash attention is refused for a reason of its own", stacklevel=1)
+            warnings.warn(f"A reason. {AT}", stacklevel=1)
             warnings.warn("something else altogether", stacklevel=1)
     assert [str(w.message) for w in heard] == ["something else altogether"]
-    assert said == ["Flash attention is refused for a reason of its own"]
+    assert said == [f"A reason. {AT}"]
     assert switches() == before and not torch.is_warn_always_enabled()
     assert warnings.filters == filters and warnings.showwarning is show
 
@@ -192,7 +194,7 @@ def test_torchs_sentences_become_a_few_words(text):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # what is not heard becomes an error
         with module._hearing() as heard:
-            warnings.warn(f"{text} (Triggered internally at /a/b.cpp:12.)", stacklevel=1)
+            warnings.warn(f"{text} {AT}", stacklevel=1)
     assert [module._clean(line) for line in heard] == [text]
 
 
@@ -202,27 +204,26 @@ def gpu(monkeypatch):
     says: dict[str, str | None] = {"flash": None, "cudnn": None, "efficient": None}
     order = [1, 2, 0, 3, 4]
 
-    def can_use(name):
-        def answer(parameters, debug=False):
-            switch = {"efficient": "mem_efficient"}.get(name, name)
-            on = getattr(flags, f"{switch}_sdp_enabled")()
-            text = says[name] if on else f"{name.capitalize()} attention has been runtime disabled."
-            if text and debug:
-                warnings.warn(f"{text} (Triggered internally at x.cpp:1.)", stacklevel=1)
-            return text is None
+    def why_not(name):
+        on = getattr(flags, f"{name.replace('efficient', 'mem_efficient')}_sdp_enabled")()
+        return says[name] if on else f"{name.capitalize()} attention has been runtime disabled."
 
-        return answer
+    def warn(text):
+        warnings.warn(f"{text} {AT}", stacklevel=1)
 
     def choose(*args, **kwargs):
         order[:] = [3, 1, 2, 0, 4]  # torch learns the order of the card at the first choice
         for index in order[:4]:
             name = module._NAMES[index]
-            if flags.math_sdp_enabled() if name == "math" else can_use(name)(None):
+            if flags.math_sdp_enabled() if name == "math" else why_not(name) is None:
                 return index
+        for name, head in (("efficient", "Memory efficient"), ("flash", "Flash attention"),
+                           ("cudnn", "cuDNN attention")):  # fmt: skip
+            warn(f"{head} kernel not used because:")
+            if text := why_not(name):
+                warn(text)
         raise RuntimeError("No available kernel. Aborting execution.")
 
-    for name in says:
-        monkeypatch.setattr(flags, f"can_use_{name}_attention", can_use(name))
     monkeypatch.setattr(torch, "_fused_sdp_choice", choose)
     monkeypatch.setattr(torch._C, "_get_sdp_priority_order", lambda: list(order))
     monkeypatch.setattr(module._Call, "on_gpu", True)
@@ -296,7 +297,10 @@ def test_force_learns_the_cards_order_before_it_sets_its_own(monkeypatch):
 
 @pytest.mark.parametrize(
     ("names", "why"),
-    [(("flash",), "has no dropout"), (("cudnn", "efficient"), "none of them runs on this device")],
+    [
+        (("flash",), "flash: has no dropout"),
+        (("cudnn", "efficient"), "none of them runs on this device"),
+    ],
 )
 def test_a_call_that_no_forced_backend_takes_says_which_and_why(names, why):
     q, k, v = draw(1, 1, 4, 8)

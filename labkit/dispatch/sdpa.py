@@ -196,15 +196,17 @@ def force(
         try:
             yield
         except RuntimeError as error:
-            text = str(error)
-            if "No available kernel" not in text and "No viable backend" not in text:
+            if not _none_available(error):
                 raise
-            heard = list(dict.fromkeys(map(_clean, heard)))
-            reasons = [_short(line) for line in heard if not line.endswith("because:")]
-            viable = "No viable backend" in text  # torch's words where a device has none of them
+            whys = [
+                f"{name}: {', '.join(map(_short, lines))}"
+                for name in backends
+                if (lines := _of(name, heard))
+            ]
+            # torch's words where a device has none of them
+            viable = "No viable backend" in str(error)
             nothing = "none of them runs on this device" if viable else "torch says no more"
-            why = "; ".join(dict.fromkeys(reasons)) or nothing
-            raise _cannot(backends, why, None) from error
+            raise _cannot(backends, "; ".join(whys) or nothing, None) from error
 
 
 # -- one call -------------------------------------------------------------------------------------
@@ -263,19 +265,22 @@ class _Call:
                 "heads.", "Pass enable_gqa=True.",
             )  # fmt: skip
 
+    def ask(self) -> int:
+        """torch's own choice, as the index of a backend; raises RuntimeError if there is none."""
+        return torch._fused_sdp_choice(
+            self.q, self.k, self.v, self.attn_mask, self.dropout_p, self.is_causal,
+            scale=self.scale, enable_gqa=self.enable_gqa,
+        )  # fmt: skip
+
     def choice(self) -> str | None:
         """The backend that torch takes; None if the call would raise."""
         try:
             with _hearing():
-                index = torch._fused_sdp_choice(
-                    self.q, self.k, self.v, self.attn_mask, self.dropout_p, self.is_causal,
-                    scale=self.scale, enable_gqa=self.enable_gqa,
-                )  # fmt: skip
+                name = _NAMES.get(self.ask())
         except RuntimeError as error:
-            if "No available kernel" in str(error) or "No viable backend" in str(error):
+            if _none_available(error):
                 return None
             raise
-        name = _NAMES.get(index)
         return "flash_cpu" if name == "flash" and not self.on_gpu else name
 
     def order(self) -> tuple[str, ...]:
@@ -292,34 +297,18 @@ class _Call:
             return off
         if not self.on_gpu and name != "flash_cpu":
             return (Refusal("runs on a GPU only", ""), *off)
-        # A backend that is switched off says that and nothing else: switch it on to ask.
+        # Alone: a backend that is switched off says that and nothing else, and when none is left
+        # torch gives each one's reasons.  (can_use_flash_attention and its sisters give them too,
+        # but past Python's warnings, straight to the terminal.)
         with sdpa_kernel(_SWITCH[name]), _hearing() as heard:
-            can = self._can(name)
-        if can:
-            return off
-        heard = dict.fromkeys(map(_clean, heard))
-        found = [Refusal(_short(text), text) for text in heard if not text.endswith("because:")]
+            try:
+                self.ask()
+                return off
+            except RuntimeError as error:
+                if not _none_available(error):
+                    raise
+        found = [Refusal(_short(text), text) for text in _of(name, heard)]
         return (*off, *(found or [Refusal(self._unsaid())]))
-
-    def _can(self, name: str) -> bool:
-        if not self.on_gpu:
-            return self.choice_of_cpu()
-        can_use: Callable = getattr(flags, f"can_use_{name}_attention")
-        parameters = flags.SDPAParams(
-            self.q, self.k, self.v, self.attn_mask, self.dropout_p, self.is_causal, self.enable_gqa
-        )
-        return can_use(parameters, True)
-
-    def choice_of_cpu(self) -> bool:
-        """Whether the CPU's flash kernel, the only one switched on, takes the call."""
-        try:
-            torch._fused_sdp_choice(
-                self.q, self.k, self.v, self.attn_mask, self.dropout_p, self.is_causal,
-                scale=self.scale, enable_gqa=self.enable_gqa,
-            )  # fmt: skip
-        except RuntimeError:
-            return False
-        return True
 
     def _unsaid(self) -> str:
         """torch says nothing where it does not like a mask."""
@@ -348,6 +337,23 @@ class _Call:
         if torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v)):
             words.append("with gradients")
         return ", ".join(words)
+
+
+def _none_available(error: RuntimeError) -> bool:
+    """Whether torch's error says that no backend that is switched on takes the call."""
+    return "No available kernel" in str(error) or "No viable backend" in str(error)
+
+
+def _of(name: str, heard: Sequence[str]) -> list[str]:
+    """Of all that torch said, what it said of one backend: it heads each one's reasons."""
+    begins = {"efficient": "memory efficient", "flash_cpu": "flash"}.get(name, name)
+    mine, lines = False, []
+    for text in map(_clean, heard):
+        if text.endswith("because:"):
+            mine = text.lower().startswith(begins)
+        elif mine:
+            lines.append(text)
+    return list(dict.fromkeys(lines))
 
 
 def _enabled(name: str) -> bool:
@@ -416,13 +422,8 @@ def _hearing() -> Iterator[list[str]]:
             torch.set_warn_always(always)
 
 
-#: how the sentences begin in which torch says why a backend is not taken
-_SAID = re.compile(
-    r"(?i)(.* kernel not used because|.*fused kernels? |All tensors need|Flash.?Attention|"
-    r"Mem(ory)? Efficient|.*cuDNN|SDPA|head_dim should|Expected query, key and value|"
-    r"For (dense|nested)|Torch was not compiled|Please use the following attn mask|s_q |"
-    r"Dropout reference|not-multiple-of-64|(Query|Key|Value) tensor was not)"
-)
+#: torch ends a warning of its own with the file it comes from; the choice of a backend is in this
+_SAID = re.compile(r"(?s).*\(Triggered internally at .*sdp_utils")
 
 
 def _clean(text: str) -> str:
