@@ -97,3 +97,18 @@ def test_missing_parts_are_named(result):
         plots.overflow_limits(Result()).figure()
     with pytest.raises(ArgumentError, match="tensor"):
         plots.loss_scales(result, tensor="o").figure()
+
+
+def test_parts_of_a_step_are_stacked_measured_above_predicted():
+    from labkit.layers.budget import PARTS
+
+    made = Result()
+    row = {"part": "step", "size": "report", "backend": "sdpa", "precision": "fp32"}
+    row |= {"seq_len": 64, **dict.fromkeys(PARTS, 2**20)}
+    made.rows.append(row | {f"predicted_{part}": 2**19 for part in PARTS})
+    (ax,), alt = drawn(plots.training_parts(made, configs=("sdpa.fp32",), seq_len=64))
+    assert "sdpa, fp32" in alt and len(ax.get_legend().get_texts()) == len(PARTS)
+    ends = [p.get_x() + p.get_width() for p in ax.patches[: 2 * len(PARTS)]]
+    assert ends[len(PARTS) - 1] == len(PARTS) * 2**20 and ends[-1] == len(PARTS) * 2**19
+    with pytest.raises(ArgumentError, match="weighed"):
+        plots.training_parts(made, configs=("naive.fp32",), seq_len=64).figure()

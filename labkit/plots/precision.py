@@ -13,7 +13,14 @@ from labkit.plots.style import theme
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["loss_scales", "overflow_limits", "precision_errors", "rounding_places", "training_loss"]
+__all__ = [
+    "loss_scales",
+    "overflow_limits",
+    "precision_errors",
+    "rounding_places",
+    "training_loss",
+    "training_parts",
+]
 
 _PLACES = {
     "inputs": "Q, K, V", "scores": "S", "probabilities": "P", "output": "O", "sums": "sums",
@@ -313,3 +320,61 @@ def training_loss(ax: Axes, result: Any) -> str:
         f"{', '.join(_PRECISIONS[r['precision']] for r in rows)}. Pure half precision is dashed; a "
         "cross ends a line whose loss is no number from there on."
     )
+
+
+@figure(width=7.6, height=4.4)
+def training_parts(
+    ax: Axes, result: Any, *, configs: Sequence[str], seq_len: int, size: str = "report"
+) -> str:
+    """Bytes at the peak of a training step, part by part: measured, and below it predicted.
+
+    Parameters
+    ----------
+    result : of the experiment ``training_step``, or its record.
+    configs : of its ``CONFIGS``: ``backend.precision``.
+    seq_len, size : which of its rows.
+    """
+    from labkit.layers.budget import PARTS
+    from labkit.plots.memory import linear_bytes
+
+    t = theme()
+    colours = dict(zip(PARTS, (t.blue, t.sky, t.purple, t.green, t.vermilion, t.muted),
+                       strict=True))  # fmt: skip
+    longest, parts_seen = 0.0, dict.fromkeys(PARTS, 0.0)
+    for place, config in enumerate(configs):
+        backend, precision = config.split(".")
+        rows = result.select(
+            part="step", size=size, backend=backend, precision=precision, seq_len=seq_len
+        )
+        if not rows or f"predicted_{PARTS[0]}" not in rows[0]:
+            raise ArgumentError(
+                "configs", config, f"was not weighed at {size}, {seq_len} tokens.",
+                "Pass some of the result's rows.",
+            )  # fmt: skip
+        for prefix, height, shift in (("", 0.46, -0.14), ("predicted_", 0.2, 0.24)):
+            left = 0.0
+            for part in PARTS:
+                width = rows[0].get(prefix + part, 0)
+                ax.barh(place + shift, width, left=left, height=height, color=colours[part],
+                        alpha=1.0 if not prefix else 0.5)  # fmt: skip
+                left += width
+                parts_seen[part] = max(parts_seen[part], width)
+            longest = max(longest, left)
+    ax.set_yticks(range(len(configs)), [_config(c) for c in configs])
+    ax.set_ylim(len(configs) - 0.4, -0.6)
+    linear_bytes(ax, "x", longest, "bytes at the peak")
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+    shown = [part for part in PARTS if parts_seen[part] > 0.01 * longest]
+    handles = [ax.barh(-9, 0, color=colours[part], label=part) for part in shown]
+    ax.legend(handles=handles, loc="lower right", fontsize=9)
+    return (
+        f"Horizontal bars of bytes at the peak of a training step at {seq_len:,} tokens, cut into "
+        f"{', '.join(PARTS)}, for {', '.join(_config(c) for c in configs)}: thick what was "
+        "measured, thin and paler below it what was predicted. Each pair is equally long."
+    )
+
+
+def _config(name: str) -> str:
+    backend, precision = name.split(".")
+    return f"{backend}, {_PRECISIONS[precision]}"
