@@ -68,6 +68,7 @@ from labkit.plots.nsa_speed import (
 )
 from labkit.plots.online import error_by_length, order_spread, running_state
 from labkit.plots.pattern_pictures import pattern_masks, tiles_by_size
+from labkit.plots.patterns import blocks_and_time, window_lengths
 from labkit.plots.precision import (
     loss_scales,
     overflow_limits,
@@ -91,6 +92,7 @@ __all__ = [
     "backend_map",
     "backward_passes",
     "backward_rates",
+    "blocks_and_time",
     "branch_reads",
     "bytes_axis",
     "bytes_in_flight",
@@ -162,4 +164,5 @@ __all__ = [
     "use_style",
     "ways_memory",
     "ways_time",
+    "window_lengths",
 ]
