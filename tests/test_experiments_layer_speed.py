@@ -55,6 +55,8 @@ def test_plans_ask_for_what_there_is():
         assert {size for size, _ in plan["forward"]} <= set(layer_forward.SIZES)
     lengths = [n for size, n in plan["forward"] if size == "report"]
     assert set(layer_forward.CLAIMED) < set(lengths) and max(lengths) == 16384
+    short = layer_forward._configs(plan, "report", 256)
+    assert set(layer_forward._configs(plan, "report", 512)) - set(short) == set(plan["seldom"])
     assert {n for pair in products.FLASH.values() for n in pair} <= set(layer_forward.CONFIGS)
 
 
@@ -267,6 +269,7 @@ def test_without_a_rest_only_the_inside_is_left():
     found = times({"o": 12, "f": 6, "h": 6, "fh": 1}, {"o": 0, "h": 0}, 1)
     assert found["product_over_direct"] == pytest.approx(4 / 12)
     assert found["mixing"] == pytest.approx(1) and found["inside"] == pytest.approx(1 / 3)
+    assert found["inside_attention"] == pytest.approx(1 / 3)
 
 
 def test_speed_ups_of_one_part_that_is_everything_do_multiply():
