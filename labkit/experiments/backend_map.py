@@ -103,7 +103,7 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
     everybody = (*_FUSED, "math", "ours", "naive")
     plan: dict[str, Any] = {
         "lengths": tuple(sorted({*range(64, 4097, 64), 1000, 1023, 1025, 1056, 2047, 2049})),
-        "watched": (128, 256, 512, 768, 1000, 1023, 1024, 1025, 1536, 2048, 4096),
+        "watched": (128, 256, 512, 1000, 1024, 1025, 1536, 2048, 4096),
         "dtypes": ("float16", "bfloat16", "float32") if half == "bfloat16" else
         ("float16", "float32"),
         "forced": _FUSED,
