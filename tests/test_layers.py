@@ -150,6 +150,13 @@ def test_backends_agree_under_autocast(dtype):
     assert max(errors.values()) < 2 * min(errors.values()), errors
 
 
+def test_autocast_does_not_reach_into_the_tiles():
+    q, k, v = (3 * torch.randn(1, 2, 70, 16).half() for _ in range(3))
+    alone = attend(q, k, v, backend="tiled")
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(attend(q, k, v, backend="tiled"), alone)
+
+
 def test_nsa_with_its_window_alone_is_dense_attention():
     made = layer("nsa", nsa={**REFERENCE, "window_size": 64}, num_kv_heads=1).double()
     with torch.no_grad():

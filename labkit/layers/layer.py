@@ -129,6 +129,7 @@ class AttentionLayer(nn.Module):
         self.pattern = _check_window(pattern, window)
         self.sparse = sparse
         self._how = check_pattern(self.backend, self.pattern, self.sparse)
+        self._can_run: set[tuple] = set()
         self.precision = precision
         if precision is not None:
             check_choice("precision", precision, ("ieee", "tf32x3", "tf32"))
@@ -295,14 +296,20 @@ class AttentionLayer(nn.Module):
         computes_in = weight.dtype
         if autocast and weight.dtype != torch.float64:
             computes_in = torch.get_autocast_dtype(kind)
+        records = torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
+        asked = (self.backend, self._how, x.device, computes_in, records)
+        if asked not in self._can_run:  # asking takes the host longer than a short sequence
+            self._check_backend(x.device, computes_in, records)
+            self._can_run.add(asked)
+
+    def _check_backend(self, device: torch.device, dtype: torch.dtype, records: bool) -> None:
+        """Refuse a backend that cannot run on such tensors."""
         if self.backend == "nsa" and self.nsa["implementation"] == "reference":
             return
-        if self._how != "flex":
-            check_available(self.backend, x.device, computes_in, head_dim=self.head_dim)
-            return
-        check_flex(x.device, torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
-        if self.gate:  # dense attention is computed besides
-            check_available(self.backend, x.device, computes_in, head_dim=self.head_dim)
+        if self._how == "flex":
+            check_flex(device, records)
+        if self._how != "flex" or self.gate:  # with a gate dense attention is computed besides
+            check_available(self.backend, device, dtype, head_dim=self.head_dim)
 
 
 def changed(options: dict[str, Any], backend: str, changes: dict[str, Any]) -> dict[str, Any]:

@@ -263,18 +263,20 @@ def _part(op: str, place: tuple[str, nn.Module] | None, tensor: torch.Tensor, x)
         return f"output{of}" if name else "output of the model"
     if op == "add":
         return f"the residual sum{of}"
-    square = tensor.dim() >= 3 and tensor.shape[-1] == x.shape[1]
+    # Scores are as wide as keys are looked at together, outputs as wide as a head.
+    scores = tensor.shape[-1] != module.head_dim or tensor.shape[-1] == x.shape[1]
     if op in _PRODUCTS:
-        return f"S = QKᵀ{of}" if square or module.backend == "tiled" else f"O = PV{of}"
+        return f"S = QKᵀ{of}" if scores else f"O = PV{of}"
     if op in _SOFTMAX:
         return f"P = softmax(S){of}"
-    return f"S{of}" if square else f"O{of}"
+    return f"S{of}" if scores else f"O{of}"
 
 
 # -- looking ---------------------------------------------------------------------------------------
 
 
 def _floats(tree: Any) -> list[torch.Tensor]:
+    """Tensors that are computed in: those of 8 bits are for storage."""
     return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
 

@@ -32,7 +32,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -139,6 +138,7 @@ class TrainingStep:
         self.on_overflow = check_choice("on_overflow", on_overflow, ("raise", "skip"))
         self.dtype, self.autocast_dtype = PRECISIONS[precision]
         self.model, self.loss = model, loss
+        self._layers = [m for m in unwrapped(model).modules() if isinstance(m, AttentionLayer)]
         self.device = _device_of(model)
         why = why_not(precision, self.device)
         if why is not None:
@@ -222,8 +222,8 @@ class TrainingStep:
             result = StepResult(value, scale, False, norm)
             return self._after_update(result) if self.dtype == torch.float16 else result
 
+        self.optimizer.zero_grad(set_to_none=True)  # of no use, and the next pass needs the room
         overflow = self._name(x, target, scale)
-        self.optimizer.zero_grad(set_to_none=True)
         curable = overflow.where == "backward" and self.scaler is not None and scale > 1
         if self.scaler is not None:
             # A scale that is not the cause stays as it is.
@@ -243,16 +243,18 @@ class TrainingStep:
         if self.dtype != torch.float32 or self.autocast_dtype is not None:
             yield
             return
-        tf32 = self.precision == "tf32"
-        layers = [m for m in unwrapped(self.model).modules() if isinstance(m, AttentionLayer)]
-        before = [layer.precision for layer in layers]
-        with matmul_in("tf32" if tf32 else "fp32"):
+        if self.precision == "fp32":
+            with matmul_in("fp32"):
+                yield
+            return
+        before = [layer.precision for layer in self._layers]
+        with matmul_in("tf32"):
             try:
-                for layer in layers if tf32 else ():
+                for layer in self._layers:
                     layer.precision = "tf32"
                 yield
             finally:
-                for layer, precision in zip(layers, before, strict=True):
+                for layer, precision in zip(self._layers, before, strict=True):
                     layer.precision = precision
 
     def autocast(self):
@@ -433,8 +435,3 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _finite(x: float) -> bool:
     return x - x == 0
-
-
-def example(model: nn.Module, batch: int, seq_len: int, **like: Any):
-    """Random x and target for a model of this package: ``[batch, seq_len, dim]`` each."""
-    return tuple(torch.randn(batch, seq_len, model.dim, **like) for _ in range(2))
