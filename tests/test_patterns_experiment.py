@@ -32,8 +32,8 @@ def test_unknown_pattern_is_refused():
 def result():
     plan = masks._plan(True, "cpu") | {
         "seq_len": 128, "block": 16, "lengths": (64, 128), "window": 16, "rep_ms": 1,
-        "counted": 128, "per_row": (1, 6), "names": ("local", "clustered"), "deep": ("local",),
-        "passes": ("forward", "both"),
+        "counted": 128, "per_row": (1, 6), "passes": ("forward", "both"),
+        "patterns": ("local", "clustered", "local_blocks", "clustered_blocks", "clustered_sorted"),
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(masks, "_plan", lambda quick, device: plan)
@@ -80,18 +80,33 @@ def test_scattered_keys_touch_the_blocks_that_are_expected(result):
     assert result.value("random_counted_b16_k1") < 1.0
 
 
-def test_what_is_compiled_beforehand_is_what_is_computed_by_flex():
-    plan = {
-        "names": ("local", "clustered"), "deep": ("local",), "lengths": (64, 128, 256),
-        "passes": ("forward", "both"),
+def test_cases_in_programs_of_their_own_are_measured_like_the_others(monkeypatch):
+    plan = masks._plan(True, "cpu") | {
+        "seq_len": 64, "block": 16, "lengths": (32, 64, 128), "rep_ms": 1, "apart": "blocks",
+        "patterns": ("clustered_sorted",),
     }  # fmt: skip
-    cases = list(masks._flex_cases(plan, masks.PARTS))
-    assert sorted(cases) == sorted([
-        ["local", "forward"], ["local", "both"], ["local_blocks", "forward"],
-        ["clustered", "forward"], ["clustered_blocks", "forward"],
-        ["clustered_sorted", "forward"], ["64", "forward"], ["256", "forward"],
-    ])  # fmt: skip
-    assert list(masks._flex_cases(plan, ["blocks"])) == []
+    cases = list(masks._cases_apart(plan, masks.PARTS))
+    assert cases == [("clustered_sorted", "forward"), ("32", "forward"), ("128", "forward")]
+    assert list(masks._cases_apart(plan, ["blocks"])) == []
+    assert list(masks._cases_apart(plan | {"apart": None}, masks.PARTS)) == []
+    monkeypatch.setattr(masks, "_plan", lambda quick, device: dict(plan))
+    result = masks.run(quick=True, device="cpu", parts=("sorted",))
+    assert result.notes == []
+    (row,) = result.rows
+    assert row["pattern"] == "clustered_sorted" and row["name"] == "blocks"
+    assert row["error"] < 1e-5 and row["median_ms"] > 0 and row["samples_ms"]
+
+
+def test_a_case_whose_program_fails_is_measured_here(monkeypatch):
+    plan = masks._plan(True, "cpu") | {
+        "seq_len": 64, "block": 16, "rep_ms": 1, "apart": "blocks", "device": "nowhere",
+        "patterns": ("clustered_sorted",),
+    }  # fmt: skip
+    monkeypatch.setattr(masks, "_plan", lambda quick, device: dict(plan))
+    result = masks.run(quick=True, device="cpu", parts=("sorted",))
+    assert [row["name"] for row in result.rows] == ["blocks"]
+    assert len(result.notes) == 1 and "clustered_sorted, forward" in result.notes[0]
+    assert "RuntimeError" in result.notes[0]
 
 
 @pytest.mark.gpu

@@ -29,9 +29,11 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from labkit.errors import check_choice
@@ -115,26 +117,32 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
     if device == "cpu":
         return {
             "shape": {"batch": 1, "heads": 2, "head_dim": 32, "dtype": "float32"},
-            "seq_len": 1024, "density": 0.05, "block": 64, "names": ("local", "random"),
-            "window": 64, "lengths": (256, 1024), "hows": ("naive", "sdpa", "blocks"),
-            "rep_ms": 10, "passes": ("forward",), "counted": 512, "per_row": (1, 4, 26),
-            "deep": ("local",), "limit_s": 20.0, "kernels": False,
+            "seq_len": 1024, "density": 0.05, "block": 64, "window": 64, "lengths": (256, 1024),
+            "patterns": ("local", "random", "local_blocks", "random_blocks"), "rep_ms": 10,
+            "hows": ("naive", "sdpa", "blocks"), "matrices": None, "deep": ("local",),
+            "passes": ("forward",), "counted": 512, "per_row": (1, 4, 26), "limit_s": 20.0,
+            "device": "cpu", "apart": None, "yardstick": "sdpa",
         }  # fmt: skip
     import torch
 
     half = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
     plan = {
         "shape": {"batch": 1, "heads": 16, "head_dim": 64, "dtype": half},
-        "seq_len": 16384, "density": 0.05, "block": 128, "names": NAMES, "window": 256,
-        "lengths": (2048, 4096, 8192, 16384, 32768), "hows": ("naive", "sdpa", "flex", "window"),
-        "rep_ms": 40, "passes": _PASSES, "counted": 4096, "per_row": (1, 2, 4, 8, 16, 32, 205),
-        "deep": ("local", "random", "random_blocks"), "limit_s": 85.0,
-        "kernels": True,
+        "seq_len": 16384, "density": 0.05, "block": 128, "window": 256,
+        "lengths": (2048, 32768, 8192, 16384, 4096),
+        "patterns": (
+            "local", "random", "random_blocks", "strided", "clustered", "hierarchical",
+            "clustered_sorted", "strided_blocks", "local_blocks",
+        ),
+        "hows": ("naive", "sdpa", "flex", "window"), "matrices": ("local", "random"),
+        "deep": ("local", "random", "random_blocks"), "rep_ms": 40, "passes": _PASSES,
+        "counted": 4096, "per_row": (1, 2, 4, 8, 16, 32, 205), "limit_s": 66.0,
+        "device": "cuda", "apart": "flex", "yardstick": "flash",
     }  # fmt: skip
     if quick:
         plan |= {
-            "seq_len": 4096, "names": ("local", "random"), "lengths": (1024, 4096), "rep_ms": 20,
-            "passes": ("forward",), "limit_s": 40.0,
+            "seq_len": 4096, "patterns": ("local", "random", "random_blocks"),
+            "lengths": (1024, 4096), "rep_ms": 20, "passes": ("forward",), "limit_s": 45.0,
         }  # fmt: skip
     return plan
 
@@ -143,29 +151,29 @@ def _work(plan: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Parts and items, the most wanted first: what the time does not suffice for is the rest."""
     yield "blocks", None
     yield "density", "dense"
-    grains = [name + grain for grain in ("", "_blocks") for name in plan["names"]]
-    yield from (("density", name) for name in grains if name in plan["deep"])
+    for name in plan["patterns"]:
+        yield ("sorted" if name.endswith("_sorted") else "density"), name
     yield from (("lengths", n) for n in plan["lengths"])
-    yield from (("density", name) for name in grains if name not in plan["deep"])
-    if "clustered" in plan["names"]:
-        yield "sorted", "clustered"
 
 
 def made_for(plan: dict[str, Any], name: str) -> Any:
     """The pattern that a run of this plan calls so: ``local``, ``local_blocks`` …"""
-    base, _, grid = name.partition("_")
-    block = plan["block"] if grid else None
+    base, _, how = name.partition("_")
+    block = plan["block"] if how == "blocks" else None
     return at_density(base, plan["density"], plan["seq_len"], block=block)
 
 
-def _hows(plan: dict[str, Any], name: str) -> list[str]:
+def _hows(plan: dict[str, Any], name: str, what: str) -> list[str]:
     """How a pattern is computed at the main size."""
     # A matrix takes as long whatever it holds: a few patterns show that.
-    matrices = name in plan["deep"] or not plan["kernels"]
-    return [
-        how for how in plan["hows"]
-        if (how != "window" or name == "local") and (matrices or how not in ("naive", "sdpa"))
-    ]  # fmt: skip
+    hows = set(plan["hows"])
+    if plan["matrices"] is not None and name not in plan["matrices"]:
+        hows -= {"naive", "sdpa"}
+    elif what == "both" and name != "local":
+        hows -= {"naive"}
+    if name != "local":
+        hows -= {"window"}
+    return [how for how in plan["hows"] if how in hows]
 
 
 # -- running -------------------------------------------------------------------------------------
@@ -203,12 +211,12 @@ def run(
     torch.manual_seed(0)
     jobs = Jobs(_plan, quick, device, PARTS if parts is None else parts, PARTS)
     measure = {"blocks": _blocks, "density": _density, "sorted": _sorted, "lengths": _lengths}
-    children: list[subprocess.Popen] = []
-    for part, item in _work(jobs.plan):
-        jobs.add(part, f"{part} {item or ''}".strip(), measure[part], *([item] if item else []))
-        if part == "blocks":  # counted while the compilers work
-            jobs.also("compiling", functools.partial(_wait, children))
-    with untuned(), _compiling(jobs, children):
+    with untuned(), _Apart(jobs) as apart:
+        jobs.plan["children"] = apart
+        for part, item in _work(jobs.plan):
+            jobs.add(part, f"{part} {item or ''}".strip(), measure[part], *([item] if item else []))
+            if part == "blocks":  # counted while the compilers work
+                jobs.also("compiling", apart.wait)
         result = jobs.run(progress, limit_s=jobs.plan["limit_s"], tidy=_tidy)
     _summarise(result, jobs.plan, jobs.device)
     return result
@@ -221,51 +229,105 @@ def _tidy(failed: bool) -> None:
     _release_memory()
 
 
-@contextmanager
-def _compiling(jobs: Jobs, children: list[subprocess.Popen]) -> Iterator[None]:
-    """FlexAttention is compiled for each predicate and length: side by side, into its cache."""
-    plan = jobs.plan
-    # Each has its core; a pool of compilers for each of them would be too many.
-    environment = _environment() | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    for case in _flex_cases(plan, jobs.parts) if plan["kernels"] else ():
-        command = [sys.executable, "-m", "labkit.experiments._masks_child", json.dumps(case)]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        children.append(subprocess.Popen([*command, json.dumps(plan)], env=environment, **quiet))
-    try:
-        yield
-    finally:
-        for child in children:
+class _Apart:
+    """Programs that compile FlexAttention side by side, and then measure one after another.
+
+    Each predicate and length is compiled for itself, some seconds on one core, and what is
+    compiled stays in its program.  A program says that it is ready by a file, waits for another
+    one, measures its case as this program would, and leaves its rows in a third.
+    """
+
+    def __init__(self, jobs: Jobs) -> None:
+        self.plan, self.result, self.parts = jobs.plan, jobs.result, jobs.parts
+        self.children: dict[tuple[str, str], tuple[subprocess.Popen, Path]] = {}
+
+    def __enter__(self) -> _Apart:
+        self.folder = tempfile.TemporaryDirectory()
+        # Each has its core; a pool of compilers for each of them would be too many.
+        environment = _environment() | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        plan = json.dumps(self.plan)
+        for name, what in _cases_apart(self.plan, self.parts):
+            files = Path(self.folder.name) / f"{name}_{what}"
+            with open(f"{files}.log", "wb") as log:
+                child = subprocess.Popen(
+                    [sys.executable, "-m", "labkit.experiments._masks_child", name, what, plan,
+                     str(files)], env=environment, stdout=log, stderr=log,
+                )  # fmt: skip
+            self.children[name, what] = child, files
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for child, _ in self.children.values():
             child.kill()
             child.wait()
+        self.folder.cleanup()
+
+    def wait(self, seconds: float = 32.0) -> None:
+        """Until all are ready or have failed: nothing is timed while others use the GPU."""
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end and not all(map(self._settled, self.children)):
+            time.sleep(0.1)
+
+    def _settled(self, case: tuple[str, str]) -> bool:
+        child, files = self.children[case]
+        return Path(f"{files}.ready").exists() or child.poll() is not None
+
+    def measured(self, name: str, what: str) -> bool:
+        """Let the program of this case measure, and take its rows; whether there were any."""
+        if (name, what) not in self.children:
+            return False
+        child, files = self.children[name, what]
+        if child.poll() is None and Path(f"{files}.ready").exists():
+            Path(f"{files}.go").touch()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=15)
+        child.kill()
+        child.wait()
+        try:
+            found = json.loads(Path(f"{files}.rows").read_text("utf-8"))
+        except (OSError, ValueError):
+            lines = Path(f"{files}.log").read_text("utf-8", "replace").strip().splitlines()
+            why = (lines or ["nothing was said"])[-1][:200]
+            self.result.notes.append(f"{name}, {what}: its own program gave no result: {why}")
+            return False
+        self.result.rows += found["rows"]
+        self.result.notes += found["notes"]
+        return bool(found["rows"])
 
 
-def _flex_cases(plan: dict[str, Any], parts: Sequence[str]) -> Iterator[list[str]]:
-    """``[name of a pattern or a length, pass]`` of all that FlexAttention computes."""
-    for part, item in _work(plan):
+def _cases_apart(plan: dict[str, Any], parts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """``(name of a pattern or a length, pass)`` of all that is measured by programs apart."""
+    how = plan["apart"]
+    for part, item in _work(plan) if how else ():
         if part not in parts or item in (None, "dense"):
             continue
         if part == "lengths":
-            wanted = ("forward",) if item in _flex_lengths(plan) else ()
+            wanted = ("forward",) if item in _ends(plan) else ()
         else:
-            wanted = plan["passes"] if item in plan["deep"] and part == "density" else ("forward",)
-        name = f"{item}_sorted" if part == "sorted" else str(item)
-        yield from ([name, what] for what in wanted)
+            wanted = plan["passes"] if item in plan["deep"] else ("forward",)
+        yield from ((str(item), what) for what in wanted)
 
 
-def _wait(children: list[subprocess.Popen], seconds: float = 60.0) -> None:
-    """Until all is compiled: nothing is timed while others use the GPU."""
-    end = time.perf_counter() + seconds
-    while children:
-        child = children.pop()
-        try:
-            child.wait(timeout=max(0.0, end - time.perf_counter()))
-        except subprocess.TimeoutExpired:  # what it was at is compiled later, here
-            child.kill()
-            child.wait()
+def case_apart(plan: dict[str, Any], name: str, what: str) -> tuple[Any, ...]:
+    """Labels, pattern, the pattern whose blocks are computed, and the function, of such a case."""
+    from labkit.patterns import Local
+
+    labels = {"part": "density", "pattern": name, "seq_len": plan["seq_len"], "causal": True}
+    if name.isdigit():
+        labels |= {"part": "lengths", "pattern": "local", "seq_len": int(name)}
+        which = there = Local(plan["window"])
+    else:
+        which = there = made_for(plan, name)
+    if name.endswith("_sorted"):
+        there = which.reordered(plan["seq_len"])
+    how = plan["apart"]
+    function = _functions(plan, which, [how], reorder=there is not which)[how]
+    return labels, which, there, {how: function}
 
 
-def _flex_lengths(plan: dict[str, Any]) -> list[int]:
-    return [n for n in plan["lengths"] if n in (plan["lengths"][0], plan["lengths"][-1])]
+def _ends(plan: dict[str, Any]) -> tuple[int, int]:
+    """The lengths that FlexAttention is compiled for."""
+    return min(plan["lengths"]), max(plan["lengths"])
 
 
 def _blocks(result: Result, plan: dict[str, Any], device: str) -> None:
@@ -311,23 +373,27 @@ def _density(result: Result, plan: dict[str, Any], device: str, name: str) -> No
     if name == "dense":
         from labkit.patterns import Local
 
-        names = ("flash", "sdpa") if plan["kernels"] else ("sdpa",)
+        names = dict.fromkeys((plan["yardstick"], "sdpa"))
         functions = {kind: functools.partial(_dense, kind) for kind in names}
-        _race(result, plan, device, functions, labels, Local(n), *plan["passes"])
+        _race(result, plan, device, functions, labels, Local(n), plan["passes"])
         return
-    passes = plan["passes"] if name in plan["deep"] else ("forward",)
     which = made_for(plan, name)
-    functions = _functions(plan, which, _hows(plan, name))
-    _race(result, plan, device, functions, labels, which, *passes)
+    for what in plan["passes"] if name in plan["deep"] else ("forward",):
+        hows = _hows(plan, name, what)
+        if plan["children"].measured(name, what):
+            hows.remove(plan["apart"])
+        _race(result, plan, device, _functions(plan, which, hows), labels, which, [what])
 
 
 def _sorted(result: Result, plan: dict[str, Any], device: str, name: str) -> None:
     """A pattern whose tokens are brought together, attended there, and put back."""
-    labels = {"part": "density", "pattern": f"{name}_sorted", "seq_len": plan["seq_len"]}
+    if plan["children"].measured(name, "forward"):
+        return
+    labels = {"part": "density", "pattern": name, "seq_len": plan["seq_len"], "causal": True}
     which = made_for(plan, name)
-    functions = _functions(plan, which, ["flex" if plan["kernels"] else "blocks"], reorder=True)
+    functions = _functions(plan, which, [plan["apart"] or "blocks"], reorder=True)
     there = which.reordered(plan["seq_len"])
-    _race(result, plan, device, functions, labels | {"causal": True}, which, "forward", there=there)
+    _race(result, plan, device, functions, labels, which, ["forward"], there=there)
 
 
 def _lengths(result: Result, plan: dict[str, Any], device: str, n: int) -> None:
@@ -337,15 +403,15 @@ def _lengths(result: Result, plan: dict[str, Any], device: str, n: int) -> None:
     which = Local(plan["window"])
     labels = {"part": "lengths", "pattern": "local", "seq_len": n, "causal": True}
     for what in plan["passes"]:
-        hows = [
-            how for how in plan["hows"]
-            if (how != "naive" or n <= 16384)
-            # compiling costs seconds for each length, and says nothing new between the ends
-            and (how != "flex" or (what == "forward" and n in _flex_lengths(plan)))
-        ]  # fmt: skip
+        # naive's law is seen by then, and it would take the most of the time
+        hows = [how for how in plan["hows"] if how != "naive" or n <= 8192]
+        if plan["apart"] in hows:
+            wanted = n in _ends(plan) and what == "forward"
+            if not wanted or plan["children"].measured(str(n), what):
+                hows.remove(plan["apart"])
         functions = _functions(plan, which, hows)
-        functions["dense"] = functools.partial(_dense, "flash" if plan["kernels"] else "sdpa")
-        _race(result, plan, device, functions, labels, which, what)
+        functions["dense"] = functools.partial(_dense, plan["yardstick"])
+        _race(result, plan, device, functions, labels, which, [what])
 
 
 def _functions(plan, which, hows, *, reorder: bool = False) -> dict[str, Callable]:
@@ -360,11 +426,13 @@ def _attend(attention, which, how, options, q, k, v):
     return attention(q, k, v, which, how=how, **options)
 
 
-def _race(result, plan, device, functions, labels, which, *passes, there=None) -> None:
+def _race(result, plan, device, functions, labels, which, passes, *, there=None) -> None:
     """Check each function, weigh it, time all that ran in turns; a row for each.
 
     ``there`` is the pattern whose blocks are computed, if that is not ``which``.
     """
+    if not functions:
+        return
     n = labels["seq_len"]
     stats = _statistics(there or which, n, plan, device)
     q, k, v, dout = _draw(plan, n, device)
@@ -508,7 +576,7 @@ def _summarise(result: Result, plan: dict[str, Any], device: str) -> None:
         result.add(f"random_expected_{key}", row["expected"], "1", f"1 − (1 − p)^(b²): {how}")
     s = plan["shape"]
     size = f"batch {s['batch']}, {s['heads']} heads, head_dim {s['head_dim']}, {s['dtype']}, causal"
-    yard = "flash" if device == "cuda" else "sdpa"
+    yard = plan["yardstick"]
     dense = {
         row["pass"]: row["median_ms"]
         for row in result.select(part="density", pattern="dense", name=yard)

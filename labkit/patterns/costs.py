@@ -217,11 +217,10 @@ def _costs(
         flops=flops * n * n, read=3 * rows + 4 * scores * e + scores, written=rows + 4 * scores * e,
         tiles=tiles(lines * lines), held=2 * scores * e + matrix,
     )  # fmt: skip
-    # sdpa: the bool matrix is negated, a matrix of zeros made, −∞ filled in; each head reads that.
+    # sdpa: a matrix of 0 and −∞ is made of the bool one, and each head reads that; no LSE.
     sdpa = Cost(
-        flops=flops * n * n, read=3 * rows + matrix * (2 + e) + scores * e,
-        written=rows + lse + matrix * (1 + 2 * e), tiles=tiles(lines * lines),
-        held=matrix * (1 + e) + lse,
+        flops=flops * n * n, read=3 * rows + matrix + scores * e, written=rows + matrix * e,
+        tiles=tiles(lines * lines), held=matrix * e,
     )  # fmt: skip
     # How many partial and full blocks, and which, by rows and by columns: int32.
     lists = 4 * 4 * (lines + lines * lines)
