@@ -418,6 +418,7 @@ _DASH = {"dashed": (0, (5, 3)), "drop": (0, (2, 3)), "cursor": (0, (3, 3)), "lev
 def png(shapes: list[tuple], width: float, tall: float, *, scale: float = 2.0) -> bytes:
     """The same shapes as a PNG on white, ``scale`` pixels per unit (loads matplotlib)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.collections import PolyCollection
     from matplotlib.figure import Figure
     from matplotlib.patches import Circle, Rectangle
 
@@ -432,13 +433,12 @@ def png(shapes: list[tuple], width: float, tall: float, *, scale: float = 2.0) -
         names = style.split()
         series = next((_SERIES[n] for n in names if n in _SERIES), None)
         if kind == "path" and names[0] == "cells":  # many rectangles, filled
-            for x, y, w, h in re.findall(r"M([\d.]+) ([\d.]+)h([\d.]+)v([\d.]+)", rest[0]):
-                ax.add_patch(
-                    Rectangle(
-                        (float(x), float(y)), float(w), float(h), facecolor=series, linewidth=0,
-                        alpha=1.0 if series == _SERIES["a"] else 0.38,
-                    )
-                )  # fmt: skip
+            corners = []
+            for match in re.findall(r"M([\d.]+) ([\d.]+)h([\d.]+)v([\d.]+)", rest[0]):
+                x, y, w, h = map(float, match)
+                corners.append([(x, y), (x + w, y), (x + w, y + h), (x, y + h)])
+            alpha = 1.0 if "a" in names else 0.38
+            ax.add_collection(PolyCollection(corners, facecolor=series, alpha=alpha, linewidth=0))
         elif kind == "path" and names[0] == "rule":  # many lines
             for line in rest[0].split("M")[1:]:
                 points = [tuple(map(float, p.split())) for p in line.split("L")]
