@@ -104,17 +104,18 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
     plan: dict[str, Any] = {
         "lengths": tuple(sorted({*range(64, 4097, 64), 1000, 1023, 1025, 1056, 2047, 2049})),
         "watched": (128, 256, 512, 1000, 1024, 1025, 1536, 2048, 4096),
-        "dtypes": ("float16", "bfloat16", "float32") if half == "bfloat16" else
-        ("float16", "float32"),
+        "dtypes": ("float16", "float32"),
         "forced": _FUSED,
         "rep_ms": 8,
-        "limit_s": 85,
-    }  # fmt: skip
+        "limit_s": 68,
+    }
     if quick:
         plan |= {
             "watched": (512, 1024, 2048),
             "layer": [("report", (128, 1024), ("fp32", "autocast_fp16"))],
-            "policy": {"seq_lens": (128, 1024, 4096), "budget_s": 8},
+            "policy": {
+                "seq_lens": (128, 1024, 4096), "budget_s": 8, "dtypes": ("float32", "float16"),
+            },
             "map": [
                 _group("dense", _shape(n, 64, causal=True, training=t), everybody, (half,))
                 for n in (128, 1024, 4096) for t in both
@@ -122,44 +123,42 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
             "limit_s": 40,
         }  # fmt: skip
         return plan
-    lengths = (1024, 128, 4096, 16384, 512, 2048, 8192, 256)  # a map cut short is a coarse one
-    exact = ("efficient", "math", "ours", "naive")
+    lengths = (1024, 128, 4096, 16384, 512, 2048)  # a map cut short is a coarse one
+    some = lengths[:4]
     groups = [
         _group("dense", _shape(n, d, causal=c, training=t), everybody, (half,))
-        for ds, cs in (((64, 128), (True, False)), ((32, 256), (True,)))
-        for n in lengths for d in ds for c in cs for t in both
+        for n in lengths for d in (64, 128) for c in (True, False) for t in both
     ]  # fmt: skip
     groups += [
-        _group("dense", _shape(n, d, causal=c, training=t), exact, ("float32", "tf32"))
-        for n in (1024, 128, 4096, 256, 2048, 512) for d, c in ((64, False), (128, True))
-        for t in both
+        _group("dense", _shape(n, 64, training=t), ("efficient", "math", "ours", "naive"),
+               ("float32", "tf32"))
+        for n in (1024, 128, 4096, 512) for t in both
     ]  # fmt: skip
-    some = (1024, 128, 4096, 16384)
+    groups += [
+        _group("mask", _shape(n, 64, training=t), backends, (dtype,))
+        for n in (1024, 4096) for t in both
+        for backends, dtype in ((("cudnn", "efficient", "math"), half),
+                                (("efficient", "math"), "float32"))
+    ]  # fmt: skip
     groups += [
         _group("gqa", _shape(n, 128, kv_heads=2, causal=True, training=t),
                (*_FUSED, "math", "ours"), (half,))
-        for n in some for t in both
+        for n in (1024, 4096) for t in both
     ]  # fmt: skip
     groups += [
-        _group("mask", _shape(n, 64, training=t), ("cudnn", "efficient", "math"), (half,))
-        for n in some[:3] for t in both
+        _group("dense", _shape(n, d, causal=True, training=t), everybody, (half,))
+        for n in some for d in (32, 256) for t in both
     ]  # fmt: skip
-    groups += [
-        _group("mask", _shape(n, 64, training=t), ("efficient", "math"), ("float32",))
-        for n in some[:3] for t in both
-    ]  # fmt: skip
-    groups += [
-        _group("dense", _shape(n, 64, causal=True, training=t), (*_FUSED, "ours"), ("float16",))
-        for n in some for t in both
-    ]  # fmt: skip
-    lengths = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+    layers = (64, 128, 256, 512, 1024, 2048)
     return plan | {
         "layer": [
-            ("report", (64, 128, 256, 512, 1024, 2048),
-             ("fp32", "tf32", "autocast_fp16", "fp16")),
-            ("realistic", (64, 128, 256, 512, 1024, 2048), ("fp32", "tf32", "autocast_fp16")),
+            ("report", layers, ("fp32", "tf32", "autocast_fp16", "fp16")),
+            ("realistic", layers, ("fp32", "autocast_fp16")),
         ],
-        "policy": {"seq_lens": lengths, "budget_s": 25},
+        "policy": {
+            "seq_lens": (32, 128, 256, 512, 1024, 4096), "budget_s": 12,
+            "dtypes": ("float32", "tf32", "float16"),
+        },
         "map": groups,
     }  # fmt: skip
 
@@ -181,7 +180,7 @@ def run(
     ----------
     quick, device, progress : as for every experiment.
     parts : some of :data:`PARTS`; all by default.
-    limit_s : begin no further shape after so many seconds; 85 by default for the full run.
+    limit_s : begin no further shape after so many seconds; 68 by default for the full run.
 
     Returns
     -------
@@ -251,13 +250,14 @@ def _compiling(
     start = time.perf_counter()
 
     def wait() -> None:
-        while children:
+        """Until they are done or 25 s are over; those that are not go on beside the clock."""
+        for child in children:
             try:
-                children[-1].wait(timeout=max(0.1, 40 - (time.perf_counter() - start)))
+                child.wait(timeout=max(0.0, 25 - (time.perf_counter() - start)))
             except subprocess.TimeoutExpired:
-                children[-1].kill()
-                result.notes.append("A process that compiles kernels was not done after 40 s.")
-            children.pop()
+                result.notes.append(
+                    "Some kernels were still being compiled, by other processes, after 25 s."
+                )
 
     try:
         yield wait
@@ -349,6 +349,8 @@ def _recipe(result: Result, plan: dict[str, Any], device: str) -> None:
     from labkit.dispatch import ran
     from labkit.dispatch.measure import Shape
 
+    if device == "cuda":
+        _order_of_ones_own(result)
     for dtype in plan["dtypes"]:
         q, k, v, _ = Shape(1024 if device == "cuda" else 64, **_REPORT).draw(dtype, device)
         row = {"part": "recipe", "dtype": dtype, "ran": None, "error": None, "warned": None}
@@ -363,6 +365,41 @@ def _recipe(result: Result, plan: dict[str, Any], device: str) -> None:
                 row["error"] = first_line(error)
         old = [w for w in heard if issubclass(w.category, (FutureWarning, DeprecationWarning))]
         row["warned"] = str(old[0].message)[:200] if old else None
+        result.rows.append(row)
+
+
+#: what a process of its own prints: SDPA's order of backends, before, within and after
+_ORDER = """
+import json, torch
+from torch.nn.attention import SDPBackend as B, sdpa_kernel
+q = torch.empty(1, 4, 512, 64, device="cuda", dtype=torch.float16)
+order, pick = torch._C._get_sdp_priority_order, lambda: torch._fused_sdp_choice(q, q, q)
+seen = {}
+if FIRST:
+    seen["learnt"] = (pick(), order())
+with sdpa_kernel([B.EFFICIENT_ATTENTION, B.FLASH_ATTENTION], set_priority=True):
+    seen["within"] = (pick(), order())
+seen["after"] = (pick(), order())
+print(json.dumps(seen))
+"""
+
+
+def _order_of_ones_own(result: Result) -> None:
+    """Whether ``set_priority`` holds in a process that has and one that has not called SDPA yet."""
+    for first in (True, False):
+        code = _ORDER.replace("FIRST", str(first))
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=40, check=False
+        )
+        row = {"part": "order", "called_before": first, "asked": "efficient, then flash"}
+        try:
+            seen = json.loads(done.stdout.strip().splitlines()[-1])
+        except (ValueError, IndexError):
+            result.notes.append(f"order: {(done.stderr.strip().splitlines() or ['no answer'])[-1]}")
+            continue
+        names = {-1: "none", 0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "other"}
+        for when, (picked, order) in seen.items():
+            row[f"picked_{when}"], row[f"order_{when}"] = names[picked], [names[i] for i in order]
         result.rows.append(row)
 
 
@@ -591,6 +628,12 @@ def _summarise_switch(result: Result) -> None:
         for place, n in enumerate(changes, 1):
             how = f"{' '.join(who)}: first watched length with other kernels than the one before"
             result.add(f"switch_change{place}_{name}", n, "tokens", how)
+    for row in result.select(part="order"):
+        name = "after_a_call" if row["called_before"] else "before_any_call"
+        how = "sdpa_kernel([efficient, flash], set_priority=True): efficient was picked within"
+        result.add(f"order_held_{name}", int(row["picked_within"] == "efficient"), "1", how)
+        how = f"the backend picked after it: {row['picked_after']}"
+        result.add(f"order_after_is_cudnn_{name}", int(row["picked_after"] == "cudnn"), "1", how)
     for row in result.select(part="recipe"):
         how = "sdp_kernel(enable_flash=True, enable_math=False, enable_mem_efficient=False)"
         how += f" in {row['dtype']}: {row['ran'] or row['error']}"
