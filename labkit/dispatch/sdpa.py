@@ -4,8 +4,9 @@ SDPA is one function with several kernels behind it.  On each call torch goes th
 in an order of priority and takes the first whose conditions the inputs meet.  On a GPU:
 
 =============  ===================================================================================
-``cudnn``      cuDNN's fused kernels; float16 and bfloat16.  First in the order on Hopper and
-               Blackwell since torch 2.9 or so, behind ``efficient`` elsewhere
+``cudnn``      cuDNN's fused kernels; float16 and bfloat16.  First in the order on cards of compute
+               capability 9 and 10 with a recent cuDNN; elsewhere behind ``math``, and so never
+               taken unasked
 ``flash``      FlashAttention-2; float16 and bfloat16, no attn_mask
 ``efficient``  the fused kernels that came from xFormers; also float32, also with an attn_mask
 ``math``       products and a softmax, S and P in memory; takes everything
@@ -14,9 +15,14 @@ in an order of priority and takes the first whose conditions the inputs meet.  O
 On a CPU there are two, ``flash_cpu`` and ``math``.  :func:`explain` asks torch which it would
 take, and each of the others why not; :func:`force` takes the choice out of torch's hands.
 
-Two traps, both met by the code below.  torch learns the order of the card at the first call on
-it: read earlier, the order is another.  And a condition that fails says so in a warning, some of
-them only once in a process.
+Three traps, met by the code below (torch 2.11 and 2.13):
+
+- torch learns the order of the card at the first choice on it.  Read earlier, the order is
+  another.  Set earlier (``sdpa_kernel(…, set_priority=True)``), it is overruled by that first
+  choice, and what is put back after is not the card's: cuDNN, first before, is then last.
+- A condition that fails says so in a warning, some of them once in a process only.
+- ``torch.backends.cuda.can_use_flash_attention(…, debug=True)`` and its sisters give their reasons
+  past Python's warnings, to the terminal.
 
 Taught in chapter 10 (fp32, fp16, which kernel, and who decides).  Claim C24.
 """
@@ -158,9 +164,9 @@ def force(
 ) -> Iterator[None]:
     """Let SDPA take only these backends, in this order; the switches are restored after.
 
-    A context manager over ``torch.nn.attention.sdpa_kernel``, which since torch 2.5 or so takes
-    the place of ``torch.backends.cuda.sdp_kernel``.  The old one is deprecated, and it leaves
-    cuDNN switched on unless told otherwise: its ``enable_flash=True, enable_math=False,
+    A context manager over ``torch.nn.attention.sdpa_kernel``, which takes the place of
+    ``torch.backends.cuda.sdp_kernel``.  The old one is deprecated, and it leaves cuDNN switched on
+    unless told otherwise: its ``enable_flash=True, enable_math=False,
     enable_mem_efficient=False`` does not mean flash on a card where torch prefers cuDNN.
 
     Under ``torch.compile`` put it around the compiled function, not into it.
