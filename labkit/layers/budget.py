@@ -49,6 +49,7 @@ __all__ = [
     "layer_budget",
     "longest",
     "moments",
+    "places",
 ]
 
 #: backends whose memory is written down here
@@ -93,6 +94,8 @@ class Case:
     traced : as ``labkit.memory.trace`` sees it: no scratch inside operators, and gradients that
         meet make a third.
     half : elements computed are narrower than float32 (with autocast: always).
+    inside : autocast's softmax reads half and writes float32 in one kernel, as CUDA has it for
+        float16 and not for bfloat16.
     scaled : a GradScaler multiplies the loss.
     optimizer : one of ``OPTIMIZERS``, or None to leave the step out.
     """
@@ -108,6 +111,7 @@ class Case:
     cuda: bool = True
     traced: bool = False
     half: bool = False
+    inside: bool = False
     scaled: bool = False
     optimizer: str | None = "adamw"
 
@@ -134,6 +138,11 @@ class _Writer:
 
     def _parameter_gradient(self, name: str, count: str) -> None:
         self.tape.make(name, f"{count} w", "gradients")  # held by the parameter from here on
+
+    def _summed(self, name: str, outer: str) -> None:
+        """What CUDA's sum over the tokens, the gradient of a bias, writes in between."""
+        if self.case.cuda and not self.case.traced:
+            self.tape.brief(f"sums for db {name}", f"sum_{outer.replace(' ', '')}")
 
     def norm(self, x: Tensor) -> Tensor:
         """LayerNorm: keeps x, and mean and 1/σ of each row."""
@@ -189,6 +198,7 @@ class _Writer:
                 self._parameter_gradient(f"dW {name}", f"{inner} {outer}")
                 if again:
                     t.release()
+                self._summed(name, outer)
                 self._parameter_gradient(f"db {name}", outer)
                 return (dx,)
 
@@ -208,6 +218,7 @@ class _Writer:
             dw = t.make(f"dW {name}, half", f"{inner} {outer} 2")
             if again:
                 t.release()
+            self._summed(name, outer)
             db = t.make(f"db {name}, half", f"{outer} 2")
             return dx, dw, db
 
@@ -307,7 +318,10 @@ class _Writer:
             t.drop(S)
             S = hidden
         # P = softmax(S)
-        if case.autocast and case.cuda:
+        if case.autocast and case.cuda and case.inside:
+            P = scores("P in float32", "4")
+            step(S, P, [P.buffer], "2", scratch=True)
+        elif case.autocast and case.cuda:
             exact = step(S, scores("S in float32", "4"), (), "2")
             P = scores("P in float32", "4")
             step(exact, P, [P.buffer], "4", scratch=True)
@@ -448,7 +462,11 @@ class _Writer:
             y32 = self.cast(y, "T C", exact, "output in float32")
             t.drop(y)
             target32 = self.cast(target, "T C", exact, "target in float32")
-        loss = Tensor(t.make("loss", exact), exact, True)
+        # torch makes the squares twice, and returns the first, cut to one number, with its storage
+        size = exact if case.traced else "T C 4"
+        loss = Tensor(t.make("loss", size), exact, True)
+        if not case.traced:
+            t.brief("squares", size)
 
         def run(dy: Buffer):
             return (t.make("d loss", f"T C {exact}"),)
@@ -504,14 +522,22 @@ def _events(case: Case, layers: int) -> list[Moment]:
 def moments(case: Case, *, single: bool = False) -> tuple[Moment, ...]:
     """The moments of a step of which one is the peak, whatever the sizes.
 
+    ``single`` is a model of one layer; the others are those of :func:`places`.
+    """
+    return tuple(_highest(_events(case, 1) if single else [*places(case).values()]))
+
+
+@lru_cache(maxsize=512)
+def places(case: Case) -> dict[tuple[str, str, int], Moment]:
+    """Every moment of a step of two layers or more, by phase, layer and number.
+
     What a layer adds is the same for each, and the first and the last are the extremes, so a model
     of any depth is a straight line through those of two and three layers: the sizes have a factor
-    M, the layers beyond the first.  ``single`` is a model of one.
+    M, the layers beyond the first.  The layer is ``"first"``, ``"last"``, ``"norm"`` (the last
+    norm) or ``""`` (none); layers between them are left out.
     """
-    if single:
-        return tuple(_highest(_events(case, 1)))
     two, three = ({_place(m, n): m for m in _events(case, n)} for n in (2, 3))
-    found = []
+    found = {}
     for place, m in two.items():
         if place is None:
             continue
@@ -524,11 +550,11 @@ def moments(case: Case, *, single: bool = False) -> tuple[Moment, ...]:
                 alive[key] = at_two - step
             if step:
                 alive[part, f"M {size}"] = step
-        found.append(Moment(m.where, m.name, alive))
-    return tuple(_highest(found))
+        found[place] = Moment(m.where, m.name, alive)
+    return found
 
 
-def _place(m: Moment, layers: int) -> tuple | None:
+def _place(m: Moment, layers: int) -> tuple[str, str, int] | None:
     """Where a moment is, in words that do not depend on the number of layers; None in between."""
     phase, layer, count = m.where
     last = {layers + 1: "norm", layers: "last"}
@@ -559,6 +585,9 @@ def _form(size: str) -> Form:
     c, k = h * d, g * d
     layer = 2 * c * c + 2 * c * k + 2 * c + 2 * k  # projections and their biases
     layer = layer + 2 * f * c * c + f * c + c + 4 * c  # feed-forward, two norms
+    if size.startswith("sum_"):
+        # its limit for many rows, where each thread adds as many as it may
+        return _form("T " + " ".join(size.removeprefix("sum_"))) / 2
     named = {"T": b * n, "C": c, "K": k, "S": b * h * n * n, "W": layer, "R": 2 * c, "M": m}
     product = Form(1)
     for factor in size.split():
@@ -567,9 +596,30 @@ def _form(size: str) -> Form:
     return product
 
 
+#: CUDA's sum over rows: threads of a block, rows that one of them adds at least and at most, and
+#: what is resident on a card of 132 multiprocessors.  See ``_sum_bytes``.
+_SUM = {"columns": 128, "least": 64, "most": 1024, "blocks": 132 * 16}
+
+
 def _numbers(sizes: dict[str, int]) -> dict[str, int]:
     """What the factors of a size stand for."""
-    return sizes | {name: _form(name)(**sizes) for name in ("T", "C", "K", "S", "W", "R")}
+    out = sizes | {name: _form(name)(**sizes) for name in ("T", "C", "K", "S", "W", "R")}
+    for name, width in (("C", out["C"]), ("K", out["K"]), ("CF", out["C"] * sizes["F"])):
+        out[f"sum_{name}"] = _sum_bytes(out["T"], width)
+    return out
+
+
+def _sum_bytes(rows: int, width: int) -> int:
+    """Bytes of the float32 partial sums that torch's CUDA sum over ``rows`` writes in between.
+
+    A block of 128 threads sums four columns for each of 32 threads; rows are shared among blocks
+    until the card is full or each has 16 rows a thread, and 256 at most.  Every thread of a block
+    has a place for each of its partial sums.
+    """
+    across = -(-width // _SUM["columns"])
+    blocks = min(-(-_SUM["blocks"] // across), -(-rows // _SUM["least"]))
+    blocks = max(blocks, -(-rows // _SUM["most"]))
+    return 0 if blocks <= 1 else 4 * width * blocks * _SUM["columns"]
 
 
 def _bytes(size: str, numbers: dict[str, int]) -> int:
@@ -590,8 +640,6 @@ def kept_per_layer(case: Case) -> Form:
 
 # -- what is asked ---------------------------------------------------------------------------------
 
-#: how often seq_len is in a factor
-_DEGREE = {"N": 1, "T": 1, "S": 2}
 _PHASES = {
     "forward": "forward pass",
     "loss": "the loss",
@@ -760,17 +808,15 @@ def longest(
     """
     check_positive_int("memory_bytes", memory_bytes)
     case, sizes = _asked(dim, num_heads, num_layers, 1, batch, **options)
-    numbers = _numbers(sizes)
-    curves = set()
-    for m in moments(case, single=sizes["M"] == 0):
-        curve = [0, 0, 0]  # coefficients of 1, N and N²: at seq_len 1 a size is its coefficient
-        for (_, size), n in m.alive.items():
-            degree = sum(_DEGREE.get(factor, 0) for factor in size.split())
-            curve[degree] += _bytes(size, numbers) * n
-        curves.add(tuple(curve))
+    found = moments(case, single=sizes["M"] == 0)
 
     def fits(n: int) -> bool:
-        return all(c + b * n + a * n * n <= memory_bytes for c, b, a in curves)
+        numbers = _numbers(sizes | {"N": n})
+        known = {size: _bytes(size, numbers) for m in found for _, size in m.alive}
+        return all(
+            sum(known[size] * count for (_, size), count in m.alive.items()) <= memory_bytes
+            for m in found
+        )
 
     low, high = 0, 1
     while high < 2**62 and fits(high):
@@ -832,6 +878,7 @@ def _asked(
         cuda=kind == "cuda",
         traced=bool(traced),
         half=e == 2,
+        inside=kind == "cuda" and precision == "autocast_fp16",
         scaled=training and precision == "autocast_fp16",
         optimizer=optimizer,
     )
