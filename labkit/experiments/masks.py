@@ -264,9 +264,12 @@ class _Apart:
 
     def wait(self, seconds: float = 32.0) -> None:
         """Until all are ready or have failed: nothing is timed while others use the GPU."""
+        self._wait(seconds, *self.children)
+
+    def _wait(self, seconds: float, *cases: tuple[str, str]) -> None:
         end = time.perf_counter() + seconds
-        while time.perf_counter() < end and not all(map(self._settled, self.children)):
-            time.sleep(0.1)
+        while time.perf_counter() < end and not all(map(self._settled, cases)):
+            time.sleep(0.05)
 
     def _settled(self, case: tuple[str, str]) -> bool:
         child, files = self.children[case]
@@ -277,6 +280,7 @@ class _Apart:
         if (name, what) not in self.children:
             return False
         child, files = self.children[name, what]
+        self._wait(10, (name, what))  # a late one is nearly done: sooner than to begin anew
         if child.poll() is None and Path(f"{files}.ready").exists():
             Path(f"{files}.go").touch()
             with suppress(subprocess.TimeoutExpired):
