@@ -15,7 +15,7 @@ in an order of priority and takes the first whose conditions the inputs meet.  O
 On a CPU there are two, ``flash_cpu`` and ``math``.  :func:`explain` asks torch which it would
 take, and each of the others why not; :func:`force` takes the choice out of torch's hands.
 
-Three traps, met by the code below (torch 2.11 and 2.13):
+Three traps of torch 2.11, met by the code below:
 
 - torch learns the order of the card at the first choice on it.  Read earlier, the order is
   another.  Set earlier (``sdpa_kernel(…, set_priority=True)``), it is overruled by that first
