@@ -401,7 +401,7 @@ def check_compiled_equals_eager(made, x, **options):
 
 @pytest.mark.parametrize(
     ("backend", "options"),
-    [("naive", {}), ("tiled", {"window": 4}), ("sdpa", {"num_kv_heads": 1, "checkpoint": True})],
+    [("tiled", {"window": 4}), ("sdpa", {"num_kv_heads": 1, "checkpoint": True})],
 )
 def test_layer_compiles_into_one_graph(backend, options):
     made = layer(backend, **options)

@@ -133,7 +133,9 @@ def test_step_of_a_compiled_model():
     x, y = data()
     torch._dynamo.reset()
     made = model("naive", layers=1)
-    step = TrainingStep(torch.compile(made, backend="aot_eager"), precision="autocast_bf16")
+    step = TrainingStep(
+        torch.compile(made, backend="aot_eager", fullgraph=True), precision="autocast_bf16"
+    )
     losses = [step.step(x, y).loss for _ in range(2)]
     torch._dynamo.reset()
     eager = TrainingStep(model("naive", layers=1), precision="autocast_bf16")
