@@ -3,7 +3,9 @@
 A model of labkit.layers, a sequence and a card: how many bytes are alive at the worst moment of a
 forward pass or of a training step, part by part, and the longest sequence that fits.  The bytes
 are those of ``labkit.layers.budget``, written as closed forms.  Which moment is the worst depends
-on the sizes; the figure takes the largest of those that can be (:data:`WORST`).
+on the sizes; the figure takes the largest of those that can be (:data:`WORST`).  One size is no
+polynomial, the partial sums of a bias's gradient: here it is that of many tokens, and the bytes
+are up to 140 MB less than the budget's (``labkit.layers.budget``).
 
 ``fits.js`` is the twin of the drawing here.
 """
@@ -19,7 +21,7 @@ from labkit.explorers import scene
 from labkit.explorers.core import Explorer, choice
 from labkit.explorers.core import size as core_size
 from labkit.hardware import card
-from labkit.layers.budget import PARTS, Case, closed_form, places
+from labkit.layers.budget import PARTS, Case, form_of, places
 
 __all__ = ["CARDS", "MODES", "REGIMES", "WAYS", "fits"]
 
@@ -52,21 +54,19 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 #: mode → the moments of which one is the worst: (phase, layer, what has just been made)
 WORST: dict[str, tuple[tuple[str, str, str], ...]] = {
     "inference": (
-        ("forward", "last", "P"),
-        ("forward", "last", "P in float32"),
+        ("forward", "last", "S"),
+        ("forward", "last", "O by heads"),
         ("forward", "last", "GELU"),
         ("forward", "last", "ff.2"),
     ),
     "training": (
         ("backward", "last", "dP ⊙ P"),
-        ("backward", "first", "dP ⊙ P"),
-        ("backward", "last", "d GELU"),
-        ("backward", "last", "db ff.2, half"),
+        ("backward", "last", "sums for db ff.2"),
         ("backward", "", "d loss"),
-        ("backward", "first", "db ff.0"),
+        ("backward", "first", "sums for db ff.0"),
         ("backward", "last", "d W ff.0, half"),
         ("backward", "first", "d W ff.0, half"),
-        ("backward", "first", "db q_proj"),
+        ("backward", "first", "sums for db q_proj"),
         ("backward", "first", "d W q_proj, half"),
     ),
     "checkpointed": (
@@ -77,6 +77,7 @@ WORST: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("backward", "last", "dW ff.2, half"),
         ("backward", "first", "dW ff.2, half"),
         ("forward", "last", "GELU"),
+        ("forward", "last", "O by heads"),
         ("backward", "first", "dW ff.0"),
         ("backward", "first", "d W ff.0, half"),
         ("backward", "first", "dW q_proj"),
@@ -100,18 +101,20 @@ _LIMITS = {"L": (2, 1024), "taken": (0, 8192)}
 
 
 # -- the forms -----------------------------------------------------------------------------
-def _moment(case: Case, where: tuple[str, str, str]) -> dict[str, Form] | None:
-    """Bytes of each part when that has just been made, or None if it never is."""
+@cache
+def _form(size: str) -> Form:
+    """A size of the budget, for as many KV heads as heads and ff_mult 4, in L layers."""
+    h, layers, d = symbols("H L d")
+    return form_of(size).substitute(M=layers - 1, G=h, F=Form(4), D=d)
+
+
+def _alive(case: Case, where: tuple[str, str, str]) -> dict[tuple[str, str], int] | None:
+    """Buffers by part and size when that has just been made, or None if it never is."""
     phase, layer, name = where
-    found = None
-    for (p, at, _), moment in places(case).items():
+    for (p, at, _), moment in reversed(places(case).items()):
         if (p, at, moment.name) == (phase, layer, name):
-            found = moment
-    if found is None:
-        return None
-    several = symbols("L")[0] - 1
-    one_to_one = {"M": several, "G": symbols("H")[0], "F": Form(4)}
-    return {part: closed_form(found, part).substitute(**one_to_one) for part in PARTS}
+            return moment.alive
+    return None
 
 
 @cache
@@ -122,30 +125,32 @@ def _forms(way: str, regime: str, mode: str, causal: bool) -> tuple[dict[str, Fo
     """
     autocast = regime == "autocast"
     halves = (True,) if autocast else (False, True)
-
-    def at(where: tuple[str, str, str], copies: bool, half: bool) -> dict[str, Form] | None:
-        case = Case(
+    cases = {
+        (copies, half): Case(
             backend=WAYS[way][1], autocast=autocast, mode=mode, causal=causal, gather_q=copies,
-            gather_kv=copies, half=half, scaled=autocast and mode != "inference",
-        )  # fmt: skip
-        return _moment(case, where)
-
-    c, h, head_dim = symbols("c h d")
+            gather_kv=copies, half=half, inside=autocast, scaled=autocast and mode != "inference",
+        )
+        for copies in (False, True)
+        for half in halves
+    }  # fmt: skip
+    one, c, h = Form(1), *symbols("c h")
     out = []
     for where in WORST[mode]:
-        variants = {(x, y): at(where, x, y) for x in (False, True) for y in halves}
-        if None in variants.values():
+        alive = {key: _alive(case, where) for key, case in cases.items()}
+        if None in alive.values():
             continue
-        form = {}
-        for part in PARTS:
-            v = {key: value[part] for key, value in variants.items()}
-            total = v[False, halves[0]]
-            more = v[True, halves[0]] - total
+        parts = {part: Form(0) for part in PARTS}
+        for part, size in dict.fromkeys(key for found in alive.values() for key in found):
+            n = {key: found.get((part, size), 0) for key, found in alive.items()}
+            plain = n[False, halves[0]]
+            copied = n[True, halves[0]] - plain
+            count = one * plain + c * copied
             if len(halves) == 2:
-                wide, both = v[False, True] - total, v[True, True] - v[False, True] - more
-                total = total + h * wide + c * h * both
-            form[part] = (total + c * more).substitute(D=head_dim)
-        out.append(form)
+                narrow = n[False, True] - plain
+                count = count + h * narrow + c * h * (n[True, True] - plain - copied - narrow)
+            if count != 0:
+                parts[part] = parts[part] + count * _form(size)
+        out.append(parts)
     return tuple(out)
 
 
@@ -182,14 +187,9 @@ def _draw(model: Any, layout: str) -> list[tuple]:
             start += value
             if x1 - x0 >= 0.05:
                 shapes.append(("rect", left + x0, y, x1 - x0, tall, part["style"]))
-        edge = [(left, y), (left + full, y), (left + full, y + tall), (left, y + tall), (left, y)]
-        shapes.append(
-            (
-                "path",
-                "M" + "L".join(f"{scene.number(a)} {scene.number(b)}" for a, b in edge),
-                "axis",
-            )
-        )
+        corners = [(0, 0), (full, 0), (full, tall), (0, tall), (0, 0)]
+        edge = "L".join(f"{scene.number(left + a)} {scene.number(y + b)}" for a, b in corners)
+        shapes.append(("path", "M" + edge, "axis"))
         y += tall + font * 0.4
     return shapes
 

@@ -45,6 +45,7 @@ __all__ = [
     "Budget",
     "Case",
     "closed_form",
+    "form_of",
     "kept_per_layer",
     "layer_budget",
     "longest",
@@ -575,19 +576,20 @@ def closed_form(moment: Moment, part: str | None = None) -> Form:
     total = Form(0)
     for (of, size), count in moment.alive.items():
         if part in (None, of):
-            total = total + _form(size) * count
+            total = total + form_of(size) * count
     return total
 
 
 @lru_cache(maxsize=1024)
-def _form(size: str) -> Form:
+def form_of(size: str) -> Form:
+    """A size in closed form; the partial sums of a bias's gradient as for many tokens."""
     b, n, h, d, g, f, m = symbols("B N H D G F M")
     c, k = h * d, g * d
     layer = 2 * c * c + 2 * c * k + 2 * c + 2 * k  # projections and their biases
     layer = layer + 2 * f * c * c + f * c + c + 4 * c  # feed-forward, two norms
     if size.startswith("sum_"):
         # its limit for many rows, where each thread adds as many as it may
-        return _form("T " + " ".join(size.removeprefix("sum_"))) / 2
+        return form_of("T " + " ".join(size.removeprefix("sum_"))) / 2
     named = {"T": b * n, "C": c, "K": k, "S": b * h * n * n, "W": layer, "R": 2 * c, "M": m}
     product = Form(1)
     for factor in size.split():
@@ -603,7 +605,7 @@ _SUM = {"columns": 128, "least": 64, "most": 1024, "blocks": 132 * 16}
 
 def _numbers(sizes: dict[str, int]) -> dict[str, int]:
     """What the factors of a size stand for."""
-    out = sizes | {name: _form(name)(**sizes) for name in ("T", "C", "K", "S", "W", "R")}
+    out = sizes | {name: form_of(name)(**sizes) for name in ("T", "C", "K", "S", "W", "R")}
     for name, width in (("C", out["C"]), ("K", out["K"]), ("CF", out["C"] * sizes["F"])):
         out[f"sum_{name}"] = _sum_bytes(out["T"], width)
     return out
