@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from labkit.errors import LabError
+from labkit.layers.layer import AttentionLayer
 
 __all__ = ["Overflow", "PrecisionOverflowError", "find_overflow", "unwrapped"]
 
@@ -46,12 +47,13 @@ class Overflow:
     ----------
     where : "input", "forward", "loss", "backward" or "weights".
     tensor : what it is, such as ``"S = QKᵀ of layers.0"`` or ``"gradient of norm.weight"``.
-    operation : the ATen operator that made it, ``""`` if it was given.
-    dtype : its dtype.
+    operation : the ATen operator that made the first such tensor, ``""`` if it was given.  On the
+        way back that may be one that no parameter has: the gradient named is the next one.
+    dtype : of that tensor.
     holds : ``"inf"`` or ``"nan"``.
     largest : its largest magnitude if it had been computed in float32, or None if that is not
         known.
-    others : further parameters whose gradients hold no numbers, latest layer first.
+    others : further parameters whose gradients hold no numbers, the last of the model first.
     remedies : what would do, each a sentence.
     """
 
@@ -124,6 +126,7 @@ def find_overflow(
         except (NotImplementedError, RuntimeError):
             # An operator that no dispatch mode may look into, such as FlexAttention.  What is
             # wrong for another reason is wrong again here, and then raised.
+            model.zero_grad(set_to_none=True)
             return _unwatched(model, x, loss, scale)
 
 
@@ -141,7 +144,6 @@ class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.inside: list[tuple[str, nn.Module]] = []
-        self.backward = False
         self.found: tuple[str, Any, torch.Tensor, str, float | None] | None = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -202,17 +204,13 @@ def _watched(model, x, loss, scale) -> Overflow | None:
             return None
         (value * scale).backward()
     bad = _bad_gradients(model)
-    if watch.found is None and not bad:
+    if not bad:
         return None
     if watch.found is None:
         return _of_gradients(model, bad)
     op, _, tensor, holds, largest = watch.found
-    what = "a gradient on the way back"
-    if bad:
-        what = f"gradient of {bad[0]}"
-    elif tensor.dim() >= 2 and tensor.shape[-2:] == (x.shape[1], x.shape[1]):
-        what = "gradient of S or P"
-    return Overflow("backward", what, op, _name(tensor.dtype), holds, largest, tuple(bad[1:]))
+    what, others = f"gradient of {bad[0]}", tuple(bad[1:])
+    return Overflow("backward", what, op, _name(tensor.dtype), holds, largest, others)
 
 
 def _unwatched(model, x, loss, scale) -> Overflow | None:
@@ -257,8 +255,6 @@ def _part(op: str, place: tuple[str, nn.Module] | None, tensor: torch.Tensor, x)
     of = f" of {name}" if name else ""
     if op == "_to_copy":
         return f"what is cast to {_name(tensor.dtype)} in {name or 'the model'}"
-    from labkit.layers.layer import AttentionLayer
-
     if not isinstance(module, AttentionLayer):
         return f"output{of}" if name else "output of the model"
     if op == "add":
@@ -277,7 +273,8 @@ def _part(op: str, place: tuple[str, nn.Module] | None, tensor: torch.Tensor, x)
 
 def _floats(tree: Any) -> list[torch.Tensor]:
     """Tensors that are computed in: those of 8 bits are for storage."""
-    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    tensors = [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+    return [x for x in tensors if x.is_floating_point() and x.element_size() > 1]
 
 
 def _holds(x: torch.Tensor) -> str | None:
