@@ -9,6 +9,7 @@ file                    holds                                                   
 ``training.py``         one training step in each precision, overflow named              10
 ``overflow.py``         which tensor was the first that held no number                   10
 ``budget.py``           bytes of a model, part by part, without torch                    10
+``tape.py``             what lives when, in a pass without data                          10
 ======================  ===============================================================  =======
 
 Tensors are ``[batch, seq_len, dim]`` outside and ``[batch, heads, seq_len, head_dim]`` inside.
@@ -26,6 +27,7 @@ from labkit.errors import MissingDependencyError
 _HOME = {
     "BACKENDS": "attention",
     "AttentionLayer": "layer",
+    "Budget": "budget",
     "Overflow": "overflow",
     "PRECISIONS": "training",
     "PrecisionOverflowError": "overflow",
@@ -35,6 +37,8 @@ _HOME = {
     "attend": "attention",
     "available": "attention",
     "find_overflow": "overflow",
+    "layer_budget": "budget",
+    "longest": "budget",
 }
 #: modules that need no torch
 _PURE = {"budget"}
