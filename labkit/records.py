@@ -40,6 +40,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_HALF_UP, Decimal
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -288,7 +289,10 @@ class Record(Figures):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    # A JSON file gives a float or an int; to ask an abstract class takes ten times as long.
+    plain = type(value) in (float, int)
+    real = plain or (isinstance(value, numbers.Real) and not isinstance(value, bool))
+    return real and math.isfinite(value)
 
 
 def _complaint(data: Any, experiment: str | None) -> str | None:
@@ -394,15 +398,16 @@ def load(
         if there is no such file, or it is damaged, foreign, or lacks a field; the
         message names the file and what to do.
     """
+    path = _find(experiment, machine, root)
+    return _from_text(_text(path), path, experiment)
+
+
+def _find(experiment: str, machine: str, root: Path | str | None) -> Path:
     folders = [Path(root)] if root is not None else search_path()
     for folder in folders:
         path = folder / machine / f"{experiment}.json"
         if path.is_file():
-            try:
-                text = path.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                text = f"not UTF-8: {error}"  # reported as damaged, with the remedy
-            return _from_text(text, path, experiment)
+            return path
     known = available(root)
     machines = [name for name, experiments in known.items() if experiment in experiments]
     if machines:
@@ -415,6 +420,19 @@ def load(
         f"{folders[0] / machine / experiment}.json: no such record. {hint} "
         f"To make one on the machine at hand: `python -m labkit record {experiment}`."
     )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: {error}"  # reported as damaged, with the remedy
+
+
+@lru_cache(maxsize=64)
+def _shared(path: Path, experiment: str, changed_ns: int, size: int) -> Record:
+    """:func:`load` for those who only read: the book quotes one file dozens of times."""
+    return _from_text(_text(path), path, experiment)
 
 
 # -- writing ---------------------------------------------------------------------
@@ -728,8 +746,19 @@ def _resolve(target: str, root: Path | str | None) -> tuple[Record, str]:
             f"{target!r} does not name a figure. Write 'experiment:key' or "
             "'machine/experiment:key', e.g. 'hierarchy:copy_peak'."
         )
-    record = load(match["experiment"], match["machine"] or DEFAULT_MACHINE, root=root)
-    return record, match["key"]
+    path = _find(match["experiment"], match["machine"] or DEFAULT_MACHINE, root)
+    stat = path.stat()
+    return _shared(path, match["experiment"], stat.st_mtime_ns, stat.st_size), match["key"]
+
+
+def _requoted(text: str, target: str, root: Path | str | None) -> tuple[str, Record]:
+    record, key = _resolve(target, root)
+    if record.quick:
+        raise RecordError(
+            f"{record.path}: is a quick record, not fit to be quoted. "
+            f"Run `python -m labkit record {record.experiment}` without --quick."
+        )
+    return record.quote(key, text), record
 
 
 def requote(text: str, target: str, *, root: Path | str | None = None) -> str:
@@ -740,16 +769,10 @@ def requote(text: str, target: str, *, root: Path | str | None = None) -> str:
     RecordError
         if the target does not exist, is a quick record, or is in another unit.
     """
-    record, key = _resolve(target, root)
-    if record.quick:
-        raise RecordError(
-            f"{record.path}: is a quick record, not fit to be quoted. "
-            f"Run `python -m labkit record {record.experiment}` without --quick."
-        )
-    return record.quote(key, text)
+    return _requoted(text, target, root)[0]
 
 
-def check_quote(text: str, target: str, *, root: Path | str | None = None) -> None:
+def check_quote(text: str, target: str, *, root: Path | str | None = None) -> Record:
     """Raise ``RecordError`` unless ``text`` is what rounding the record gives.
 
     Parameters
@@ -757,13 +780,19 @@ def check_quote(text: str, target: str, *, root: Path | str | None = None) -> No
     text : what the page shows, e.g. ``"4.28 TB/s"``.
     target : ``"experiment:key"`` (on the H200) or ``"machine/experiment:key"``.
     root : folder of the records; ``search_path`` by default.
+
+    Returns
+    -------
+    Record
+        the record that is quoted, to be read and not changed: other quotes share it.
     """
-    right = requote(text, target, root=root)
+    right, record = _requoted(text, target, root)
     if right != text.strip():
         raise RecordError(
             f"the page quotes {text.strip()!r} for {target}, and the record gives {right!r}. "
             "Run `python -m labkit quotes --write` to update the pages."
         )
+    return record
 
 
 def find_quotes(markdown: str, where: str = "") -> Iterator[Quote]:

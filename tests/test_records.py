@@ -436,6 +436,17 @@ def test_a_stale_quote_that_stands_twice_is_rewritten_twice(root, tmp_path):
     assert [q.text for q in records.quotes_in_file(page)] == ["4.3 TB/s"] * 2
 
 
+def test_a_record_that_changes_is_read_again_and_what_is_shared_is_not_handed_out(root):
+    first = records.check_quote("4.28 TB/s", "demo:copy_peak", root=root)
+    assert records.check_quote("4.28 TB/s", "demo:copy_peak", root=root) is first
+    assert records.load("demo", root=root) is not first
+    text = path_of(root).read_text("utf-8")
+    value = json.loads(text)["results"]["copy_peak"]["value"]
+    path_of(root).write_text(text.replace(str(value), str(value + 0.5e12)), "utf-8")
+    with pytest.raises(RecordError, match="the page quotes"):
+        records.check_quote("4.28 TB/s", "demo:copy_peak", root=root)
+
+
 # -- this repository -------------------------------------------------------------
 
 RECORD_FILES = sorted((REPOSITORY / "records").glob("*/*.json"))

@@ -78,8 +78,7 @@ class Rec(SphinxRole):
         try:
             machine, experiment, _key = _split(target)
             self.env.note_dependency(str(root / machine / f"{experiment}.json"))
-            records.check_quote(text, target, root=root)
-            record = records.load(experiment, machine, root=root)
+            record = records.check_quote(text, target, root=root)
         except RecordError as error:
             logger.warning("rec: %s", error, location=location, type="rec")
             return [nodes.inline(self.rawtext, text)], []
