@@ -317,7 +317,7 @@ def draw(n_q=N, n_k=N, heads=2, kv_heads=2, dtype=torch.float32, device="cpu", d
     return q, k, v, dout
 
 
-def compare(p, how, *, causal=True, backward=True, scale=None, block=16, reorder=False, **sizes):
+def check(p, how, *, causal=True, backward=True, scale=None, block=16, reorder=False, **sizes):
     q, k, v, dout = draw(**sizes)
     mask = p.dense_mask(q.shape[2], k.shape[2], causal, q.device)
 
@@ -339,29 +339,29 @@ def compare(p, how, *, causal=True, backward=True, scale=None, block=16, reorder
 @pytest.mark.parametrize("how", ["naive", "sdpa", "blocks"])
 @pytest.mark.parametrize("p", ALL, ids=repr)
 def test_every_way_gives_the_result_and_its_gradients(p, how):
-    compare(p, how, causal=True)
+    check(p, how, causal=True)
 
 
 @pytest.mark.parametrize("how", ["naive", "sdpa", "blocks"])
 def test_every_way_takes_groups_widths_lengths_scales_and_half_precision(how):
-    compare(Local(9), how, causal=False, n_q=40, heads=4, d_v=8, scale=0.5)
-    compare(Hierarchical(4, 2), how, n_k=90, heads=6, dtype=torch.float64)
-    compare(Random(7), how, dtype=torch.float16)
-    compare(Strided(9, 3), how, dtype=torch.bfloat16, n_q=1)
+    check(Local(9), how, causal=False, n_q=40, heads=4, d_v=8, scale=0.5)
+    check(Hierarchical(4, 2), how, n_k=90, heads=6, dtype=torch.float64)
+    check(Random(7), how, dtype=torch.float16)
+    check(Strided(9, 3), how, dtype=torch.bfloat16, n_q=1)
 
 
 def test_flex_gives_the_same_on_a_cpu_forward():
-    compare(Random(6, 3), "flex", backward=False, heads=4, n_q=90)  # 20 rows see nothing
+    check(Random(6, 3), "flex", backward=False, heads=4, n_q=90)  # 20 rows see nothing
 
 
 def test_window_kernel_gives_the_same():
     pytest.importorskip("triton")
-    compare(Local(9), "window", n_q=17, n_k=20, heads=2, kv_heads=1)
+    check(Local(9), "window", n_q=17, n_k=20, heads=2, kv_heads=1)
 
 
 @pytest.mark.parametrize("how", ["naive", "blocks"])
 def test_tokens_brought_together_give_the_same_attention(how):
-    compare(Clustered(5), how, reorder=True)
+    check(Clustered(5), how, reorder=True)
 
 
 @dataclass(frozen=True)
@@ -512,13 +512,13 @@ def test_flex_says_on_a_cpu_what_has_a_backward_pass():
 def test_every_way_on_a_gpu(p, how, dtype):
     if how == "window" and not isinstance(p, Local):
         pytest.skip("a window is local")
-    compare(p, how, n_q=600, n_k=600, d=64, d_v=64, dtype=dtype, device="cuda", block=128)
+    check(p, how, n_q=600, n_k=600, d=64, d_v=64, dtype=dtype, device="cuda", block=128)
 
 
 @pytest.mark.gpu
 def test_rows_that_see_nothing_on_a_gpu():
     for how in HOWS:
-        compare(Local(70), how, n_q=640, n_k=400, d=64, d_v=64, dtype=torch.float16,
+        check(Local(70), how, n_q=640, n_k=400, d=64, d_v=64, dtype=torch.float16,
                 device="cuda", block=128)  # fmt: skip
 
 
