@@ -53,6 +53,7 @@ class Cost:
     read, written : bytes, each operand of each kernel once.
     tiles : bytes of K and V that the programs ask for, mostly of L2.
     held : bytes at the peak beyond q, k, v and O: S and P, matrices, lists of blocks, LSE.
+        FlexAttention of torch 2.11 holds a second row of numbers beside the LSE.
     """
 
     flops: int
