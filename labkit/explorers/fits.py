@@ -12,6 +12,7 @@ are up to 140 MB less than the budget's (``labkit.layers.budget``).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -230,7 +231,7 @@ def fits(
     head_dim: int = 64,
     layers: int = 24,
     seq_len: int = 4096,
-    batch: int = 4,
+    batch: int = 1,
     precision: str = "autocast",
     attention: str = "naive",
     mode: str = "training",
@@ -283,30 +284,36 @@ def fits(
         for regime in REGIMES
         for kind in MODES
     }
-    most = max(map(len, cases.values()))
 
-    def which(number: int, part: str | None = None) -> Any:
-        def one(key: tuple[str, str, str]) -> str:
-            moments = cases[key]
-            parts = moments[min(number, len(moments) - 1)]
-            return name_of(sum(parts.values(), Form(0)) if part is None else parts[part])
+    def total(moment: dict[str, Form]) -> str:
+        return name_of(sum(moment.values(), Form(0)))
 
+    def by_case(make: Callable[[tuple[dict[str, Form], ...]], Any]) -> Any:
+        """What ``make`` gives for the moments of each case, chosen by the controls."""
         return ["case", "attention", {
             way: ["case", "precision", {
-                regime: ["case", "mode", {kind: one((way, regime, kind)) for kind in MODES}]
+                regime: ["case", "mode", {kind: make(cases[way, regime, kind]) for kind in MODES}]
                 for regime in REGIMES
             }]
             for way in WAYS
         }]  # fmt: skip
 
-    moments = [f"moment_{i}" for i in range(most)]
-    quantities: dict[str, Any] = {name: ["form", which(i)] for i, name in enumerate(moments)}
-    quantities["peak"] = ["max", *moments]
+    def at_peak(part: str) -> Callable[[tuple[dict[str, Form], ...]], Any]:
+        def make(found: tuple[dict[str, Form], ...]) -> Any:
+            *others, last = found
+            value: Any = ["form", name_of(last[part])]
+            for moment in reversed(others):
+                here = ["==", ["form", total(moment)], "peak"]
+                value = ["if", here, ["form", name_of(moment[part])], value]
+            return value
+
+        return make
+
+    quantities: dict[str, Any] = {
+        "peak": by_case(lambda found: ["max", *(["form", total(m)] for m in found)])
+    }
     for part in PARTS:
-        value: Any = ["form", which(most - 1, part)]
-        for i in reversed(range(most - 1)):
-            value = ["if", ["==", f"moment_{i}", "peak"], ["form", which(i, part)], value]
-        quantities[part] = value
+        quantities[part] = by_case(at_peak(part))
     quantities["dim"] = ["*", "H", "d"]
     lanes, rows = [], []
     for key, label in CARDS.items():
@@ -314,8 +321,11 @@ def fits(
         memory = c.usable_bytes or c.memory_bytes
         quantities[f"memory_{name}"] = ["-", memory, ["*", "taken", 2**20]]
         quantities[f"share_{name}"] = ["/", "peak", f"memory_{name}"]
-        each = [["longest", which(i), "N", f"memory_{name}"] for i in range(most)]
-        quantities[f"full_{name}"] = ["min", *each]
+        quantities[f"full_{name}"] = by_case(
+            lambda found, left=f"memory_{name}": [
+                "min", *(["longest", total(m), "N", left] for m in found)
+            ]
+        )  # fmt: skip
         note = ["if", ["<=", "peak", f"memory_{name}"], f"{{share_{name}:percent}} full",
                 f"{{share_{name}:percent}}: too much"]  # fmt: skip
         lanes.append({"label": label, "note": note, "memory": f"memory_{name}"})
@@ -357,8 +367,13 @@ def fits(
                 "cat",
                 "dim {dim:int}, {L:int} layers: {peak:bytes} at the worst moment. In 12 GB "
                 f"{{full_{first}:int}} tokens fit, in 141 GB {{full_{last}:int}}",
-                ["if", ["==", "scores", 0], "; twice the memory, twice the tokens.",
-                 "; S and P take {scores:bytes}, and twice the tokens need four times that."],
+                ["case", "attention", {
+                    "naive": ["if", ["==", "scores", 0],
+                              "; S and P are small here, and grow with the square of seq_len.",
+                              "; S and P take {scores:bytes}, and grow with the square of "
+                              "seq_len."],
+                    "fused": "; one more token costs the same, however long the sequence is.",
+                }],
             ],
             "table": {
                 "head": ["card", "memory left", "filled", "longest seq_len"],

@@ -31,6 +31,7 @@ from labkit.plots.backward import (
 )
 from labkit.plots.dispatch import backend_map, half_gain, sdpa_picks
 from labkit.plots.drawing import Drawing, Shown, draw, figure, show
+from labkit.plots.fits import longest_found
 from labkit.plots.flash import flash_rates, flash_resources, flash_steps, score_clocks
 from labkit.plots.flow import data_flow
 from labkit.plots.growth import growth, here_beside_recorded, launch_overhead, scaling_fit
@@ -75,6 +76,7 @@ from labkit.plots.precision import (
     precision_errors,
     rounding_places,
     training_loss,
+    training_parts,
 )
 from labkit.plots.rooflines import dram_ledger, intensity_limits, roofline, time_bounds
 from labkit.plots.style import DARK, LIGHT, Theme, theme, use_style
@@ -122,6 +124,7 @@ __all__ = [
     "layer_launch",
     "layer_speedups",
     "layer_times",
+    "longest_found",
     "longest_lengths",
     "loop_orders",
     "loss_scales",
@@ -161,6 +164,7 @@ __all__ = [
     "traffic",
     "traffic_law",
     "training_loss",
+    "training_parts",
     "use_style",
     "ways_memory",
     "ways_time",
