@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import fast_start  # noqa: F401 - before nbformat
 import first_cell
 import nbformat
 from nbclient import NotebookClient
