@@ -25,7 +25,7 @@ def tiny():
 def step():
     with pytest.MonkeyPatch.context() as patch:
         plan = {
-            "work": [("report", 32), ("report", 64)], "configs": ("naive.fp32", "sdpa.fp16"),
+            "work": [("report", 32)], "configs": ("naive.fp32", "sdpa.fp16"),
             "claim": [1], "rep_ms": 2, "min_samples": 3, "oracle_to": 32, "hidden": [],
         }  # fmt: skip
         patch.setattr(training_step, "_plan", lambda quick, device: plan)
@@ -36,14 +36,13 @@ def step():
 
 
 def test_a_step_is_timed_weighed_and_compared_with_float64(step):
-    assert len(step.select(part="step")) == 4
+    assert len(step.select(part="step")) == 2
     for row in step.select(part="step"):
         assert row["median_ms"] > 0 and len(row["samples_ms"]) >= 3
         assert row["peak"] == row["predicted"], row
-        assert ("error" in row) == (row["seq_len"] == 32)
     assert step.value("error.report.naive.fp32.n32") < 1e-5
     assert 1e-5 < step.value("error.report.sdpa.fp16.n32") < 0.1
-    assert step.value("ratio.report.naive.fp32.n64") == 1
+    assert step.value("ratio.report.naive.fp32.n32") == 1
     assert step.value("claim.flash_half.b1") == step.value("predicted_claim.flash_half.b1")
     assert not [note for note in step.notes if "Error" in note]
 

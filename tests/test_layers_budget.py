@@ -27,13 +27,11 @@ MIB = 2**20
 #: (dim, heads, layers, seq_len, batch), options: every backend, precision and mode, and the shapes
 #: at which a copy is made or not
 TRACED = [
-    ((32, 2, 2, 64, 2), {"backend": "naive", "training": True}),
     ((32, 2, 3, 48, 1), {"backend": "naive", "precision": "fp16", "training": True}),
     ((64, 4, 2, 33, 2), {"backend": "naive", "precision": "autocast_fp16", "training": True,
                          "num_kv_heads": 2, "checkpoint": True}),
     ((32, 1, 1, 64, 2), {"backend": "naive", "causal": False, "training": True, "ff_mult": 3}),
     ((32, 2, 2, 300, 3), {"backend": "naive", "precision": "fp16", "num_kv_heads": 1}),
-    ((32, 2, 3, 64, 2), {"backend": "flash", "precision": "autocast_fp16", "training": True}),
     ((64, 4, 2, 64, 2), {"backend": "flash", "training": True, "checkpoint": True,
                          "optimizer": "sgd", "num_kv_heads": 1}),
     ((128, 2, 4, 5, 1), {"backend": "sdpa", "precision": "autocast_fp16", "training": True}),
@@ -102,14 +100,9 @@ def test_the_budget_is_what_the_h200_measured():
 def test_the_moments_hold_for_every_depth():
     """Straight lines through two and three layers are right for five; one layer is its own."""
     for layers in (1, 5):
-        for options in ({"training": True}, {"training": True, "checkpoint": True}, {}):
-            shape = (32, 2, layers, 40, 2)
-            how = {"backend": "naive", "device": "cpu", "traced": True, **options}
-            if layers == 5 and options:
-                continue  # tracing them takes seconds; the forms are compared below
-            assert layer_budget(*shape, **how).total == trace_of(
-                shape, {"backend": "naive", **options}
-            )
+        shape, how = (32, 2, layers, 40, 2), {"backend": "naive"}
+        budget = layer_budget(*shape, device="cpu", traced=True, **how)
+        assert budget.total == trace_of(shape, how)
     # a layer adds the same bytes each time, once the last layer's moment is the worst
     for options in ({"training": True}, {"training": True, "checkpoint": True}):
         totals = [layer_budget(512, 8, n, 8192, **options).total for n in (9, 10, 11)]
