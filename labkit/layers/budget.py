@@ -16,11 +16,19 @@ So the layer is written down here once more, equation by equation, on a tape wit
 The peak is the largest of its moments, exact to the byte against a trace of the layer
 (``labkit.memory.trace``).
 
-Under autocast each half-precision product makes half-precision copies of what it reads: of each
-weight matrix once (kept until the step's forward pass ends, and by autograd longer), and of the
-normalised x once for each of q, k and v.
+Some of it nobody expects:
 
-Imports: closed_form, dtypes, errors, layers.tape.  No torch.
+- Under autocast each half-precision product makes half-precision copies of what it reads: of each
+  weight matrix once (kept until the step's forward pass ends, and by autograd longer), and of the
+  normalised x once for each of q, k and v.  Naive attention then keeps P twice, in float32 for the
+  gradient of the softmax and in half for that of the product.
+- torch's ``mse_loss`` returns one number in a storage of T · C of them, alive as long as the loss.
+- The gradient of a bias is a sum over all tokens, for which CUDA writes partial sums in float32:
+  up to eight bytes for each element that is summed.
+- A tensor that a checkpoint made again is freed as soon as its one use is over; one that autograd
+  kept, when the operator's whole backward is.
+
+Imports: closed_form, errors, units, layers.tape.  No torch.
 Taught in chapter 10 (fp32, fp16, which kernel, and who decides).
 """
 
