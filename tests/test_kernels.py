@@ -522,3 +522,32 @@ def test_without_triton_the_error_says_what_still_works(clean_env, tmp_path):
     lines = run_python(code, clean_env).stdout
     assert lines.startswith("False\nMissingDependencyError labkit.kernels.copy needs triton")
     assert "pip install triton" in lines and "labkit.naive" in lines
+
+
+@needs_interpreter
+def test_the_interpreter_does_less_and_gives_the_same_bits(monkeypatch):
+    """What ``_hasten_interpreter`` leaves out is what changes nothing."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    from labkit.flash import flash_attention
+
+    def attend():
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        o, lse = flash_attention(*leaves, causal=True, return_lse=True)
+        return o, lse, *torch.autograd.grad(o, leaves, torch.ones_like(o))
+
+    tensors = torch.randn(3, 1, 2, 40, 16).half().unbind()
+    looked, look = [], interpreter._patch_builtin
+    monkeypatch.setattr(interpreter, "_patch_builtin", lambda *a: looked.append(a[0]) or look(*a))
+    quick, few = attend(), len(looked)
+    assert tl.core.is_builtin(tl.load), "what a launch replaced is there again"
+    assert interpreter.interpreter_builder.options.sanitize_overflow is False
+    for name in ("_patch_lang", "_get_np_dtype"):
+        monkeypatch.setattr(interpreter, name, getattr(interpreter, name).__wrapped__)
+    options = interpreter.InterpreterOptions()
+    assert options.debug is False  # and with it every assertion about overflow
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+    slow = attend()
+    assert all(torch.equal(a, b) for a, b in zip(quick, slow, strict=True))
+    assert 0 < few < (len(looked) - few) / 4
