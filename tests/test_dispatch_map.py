@@ -171,10 +171,49 @@ def test_the_shapes_to_compile_are_shared_out_by_kernel():
     shares = backend_map._shares(plan, ["map"])
     keys = [{(s["dtype"], s["head_dim"], s["causal"]) for s in share} for share in shares]
     assert keys == [{("float32", 128, False)}, {("tf32", 128, False)}, {("float32", 64, True)}]
-    assert [s["seq_len"] for s in shares[0]] == [128, 256] and all(
-        s["training"] for share in shares for s in share
-    )
+    assert [s["seq_len"] for s in shares[0]] == [128, 256]
+    assert all(s["training"] for share in shares for s in share)
     assert len(backend_map._shares(plan, ["policy"])) == 4, "one for each dtype"
+
+
+def test_every_shape_is_compiled_once_and_waited_for(monkeypatch):
+    import io
+    import subprocess
+
+    class Child:
+        def __init__(self, command, **options):
+            assert command[-1] == "labkit.experiments._map_child"
+            self.stdin, self.waits = io.StringIO(), 0
+            self.stdin.close = lambda: None
+            children.append(self)
+
+        def wait(self, timeout=None):
+            self.waits += 1
+            if slow and timeout is not None:
+                raise subprocess.TimeoutExpired("child", timeout)
+
+        def kill(self):
+            self.killed = True
+
+    monkeypatch.setattr(backend_map.subprocess, "Popen", Child)
+    monkeypatch.setattr(backend_map.os, "cpu_count", lambda: 4)
+    shape, group = backend_map._shape, backend_map._group
+    plan = {"map": [
+        group("dense", shape(n, d, training=True), ("ours",), ("float32", "float16"))
+        for n in (128, 4096) for d in (64, 128)
+    ]}  # fmt: skip
+    for slow in (False, True):
+        children, result = [], Result()
+        with backend_map._compiling(plan, ["map"], "cuda", result) as wait:
+            wait()
+            assert [c.waits for c in children] == [1, 1]
+        sent = [s for c in children for s in json.loads(c.stdin.getvalue())]
+        asked = [(s["seq_len"], s["head_dim"], s["dtype"]) for s in sent]
+        assert len(asked) == 8 == len(set(asked)) and all(c.killed for c in children)
+        assert bool(result.notes) is slow
+    with backend_map._compiling(plan, ["map"], "cpu", Result()) as wait:
+        wait()
+    assert len(children) == 2, "a CPU compiles nothing"
 
 
 # -- figures ---------------------------------------------------------------------------------------

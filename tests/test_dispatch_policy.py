@@ -340,6 +340,33 @@ def test_one_that_fails_leaves_a_note_and_the_others(monkeypatch):
         measure_policy([8], heads=1, head_dim=16, backends="math", dtypes="float32", device="cpu")
 
 
+def test_one_that_cannot_be_timed_is_asked_twice_and_then_left_out(monkeypatch):
+    from labkit.dispatch.measure import timed
+    from labkit.timing import UnsynchronisedError
+
+    seen = []
+
+    def time_many(calls, **how):
+        seen.append(list(calls))
+        for name, call in calls.items():
+            if call() == "busy" or (call() == "once" and len(seen) == 1):
+                raise UnsynchronisedError(f"{name} leaves work on another CUDA stream: 22 µs")
+        return {name: 1.0 for name in calls}
+
+    monkeypatch.setattr("labkit.timing.time_many", time_many)
+    calls = {("a", "b"): lambda: "once", "a": lambda: "busy", "c": lambda: "fine"}
+    found, notes = timed(calls, rep_ms=1)
+    assert found == {("a", "b"): 1.0, "c": 1.0}
+    assert notes == ["a: UnsynchronisedError: a leaves work on another CUDA stream: 22 µs"]
+    assert len(seen) == 4  # "a b" passes at its second, "a" fails at its first and second
+
+    def no_memory(calls, **how):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("labkit.timing.time_many", no_memory)
+    assert timed(calls) == ({}, ["timing: RuntimeError: out of memory"])
+
+
 def test_when_time_is_up_what_was_measured_is_a_policy():
     found = measure_policy([8, 16, 24, 32], heads=1, head_dim=16, causal=False, training=False,
                            dtypes="float32", budget_s=1e-6, device="cpu",

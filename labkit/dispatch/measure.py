@@ -28,7 +28,7 @@ from labkit.dispatch.compute import (
 from labkit.dispatch.policy import Point, Policy, machine
 from labkit.errors import ArgumentError, check_choice, check_positive_int, check_positive_number
 
-__all__ = ["Shape", "candidates", "measure_policy", "race"]
+__all__ = ["Shape", "candidates", "measure_policy", "race", "timed"]
 
 #: score matrices above this are not measured: they take gigabytes and seconds, and never win
 _LARGEST_SCORES = 2**31
@@ -245,8 +245,6 @@ def race(
     tuple
         rows (``Point``'s fields and ``method``; ``samples_ms``), and notes on who was left out.
     """
-    from labkit.timing import time_many
-
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     errors: dict[tuple[str, str], float] = {}
     notes: list[str] = []
@@ -274,15 +272,11 @@ def race(
                 except Exception as error:  # one implementation fewer, not one shape fewer
                     notes.append(f"{backend} {dtype}: {_first_line(error)}")
                     _release(device)
-        if not calls:
-            return [], _at(shape, notes)
-        try:
-            timings = time_many(
-                calls, warmup_ms=warmup_ms, rep_ms=rep_ms, max_samples=max_samples, device=device,
-                launch=launch,
-            )  # fmt: skip
-        except Exception as error:
-            return [], _at(shape, [*notes, f"timing: {_first_line(error)}"])
+        timings, said = timed(
+            calls, warmup_ms=warmup_ms, rep_ms=rep_ms, max_samples=max_samples, device=device,
+            launch=launch,
+        )  # fmt: skip
+        notes += said
     rows = []
     for who, timing in timings.items():
         backend, dtype = who
@@ -293,6 +287,39 @@ def race(
             row["samples_ms"] = [round(s, 6) for s in timing.samples_ms]
         rows.append(row)
     return rows, _at(shape, notes)
+
+
+def timed(calls: dict[Any, Callable[[], Any]], **how: Any) -> tuple[dict[Any, Any], list[str]]:
+    """Time all in turns; whoever cannot be timed is left out with a note, and not the others.
+
+    A timer that sees the GPU busy after a function's own stream has finished refuses it, and may
+    be wrong where another process uses the GPU: so it is asked twice.
+    """
+    from labkit.timing import UnsynchronisedError, time_many
+
+    named = {_name(who): call for who, call in calls.items()}
+    notes: list[str] = []
+    refused: set[str] = set()
+    while named:
+        try:
+            found = time_many(named, **how)
+        except UnsynchronisedError as error:
+            who = next((name for name in named if str(error).startswith(f"{name} ")), None)
+            if who is None:
+                return {}, [*notes, f"timing: {_first_line(error)}"]
+            if who in refused:
+                del named[who]
+                notes.append(f"{who}: {_first_line(error)}")
+            refused.add(who)
+        except Exception as error:  # out of memory, most likely
+            return {}, [*notes, f"timing: {_first_line(error)}"]
+        else:
+            return {who: found[_name(who)] for who in calls if _name(who) in named}, notes
+    return {}, notes
+
+
+def _name(who: Any) -> str:
+    return who if isinstance(who, str) else " ".join(who)
 
 
 _NOT_MEANT = "is not meant for it"

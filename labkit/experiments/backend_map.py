@@ -34,6 +34,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 from labkit.errors import ArgumentError, check_choice
@@ -57,7 +58,10 @@ _FUSED = ("flash", "cudnn", "efficient")
 _TORCH = (*_FUSED, "math", "flash_cpu")
 _SAMPLES = 15
 #: S of naive and math attention is left out above this
-_SCORES = 2**30
+_LOG_SCORES = 30
+_SCORES = 2**_LOG_SCORES
+#: how long nothing is timed for the sake of those who compile
+_PATIENCE_S = 40
 #: faster by less than this share of the time is no difference
 _NOISE = 0.03
 
@@ -107,7 +111,7 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
         "dtypes": ("float16", "float32"),
         "forced": _FUSED,
         "rep_ms": 8,
-        "limit_s": 68,
+        "limit_s": 85,
     }
     if quick:
         plan |= {
@@ -180,7 +184,7 @@ def run(
     ----------
     quick, device, progress : as for every experiment.
     parts : some of :data:`PARTS`; all by default.
-    limit_s : begin no further shape after so many seconds; 68 by default for the full run.
+    limit_s : begin no further shape after so many seconds; 85 by default for the full run.
 
     Returns
     -------
@@ -238,8 +242,10 @@ def _compiling(
 ) -> Iterator[Callable[[], None]]:
     """Start processes that compile labkit's kernels; gives a function that waits for them."""
     shares = _shares(plan, wanted) if device == "cuda" else []
+    workers = max(1, min(14, (os.cpu_count() or 2) - 2))
+    shares = [[s for share in shares[i::workers] for s in share] for i in range(workers)]
     children = []
-    for share in shares[: max(1, (os.cpu_count() or 2) - 2)]:
+    for share in filter(None, shares):
         child = subprocess.Popen(
             [sys.executable, "-m", "labkit.experiments._map_child"], stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True, env=_environment(),
@@ -250,13 +256,13 @@ def _compiling(
     start = time.perf_counter()
 
     def wait() -> None:
-        """Until they are done or 25 s are over; those that are not go on beside the clock."""
+        """Until they are done or their time is over; those that are not go on beside the clock."""
         for child in children:
             try:
-                child.wait(timeout=max(0.0, 25 - (time.perf_counter() - start)))
+                child.wait(timeout=max(0.0, _PATIENCE_S - (time.perf_counter() - start)))
             except subprocess.TimeoutExpired:
                 result.notes.append(
-                    "Some kernels were still being compiled, by other processes, after 25 s."
+                    f"Some kernels were still compiled, by other processes, after {_PATIENCE_S} s."
                 )
 
     try:
@@ -281,7 +287,8 @@ def _shares(plan: dict[str, Any], wanted: Sequence[str]) -> list[list[dict[str, 
         # with its backward pass a shape compiles the forward kernel, too
         if "ours" in group["backends"] and shape.training:
             for dtype in group["dtypes"]:
-                key = (dtype, shape.head_dim, shape.causal)
+                # short and long sequences take different tiles, and so different kernels
+                key = (dtype, shape.head_dim, shape.causal, shape.seq_len <= 1024, group["kind"])
                 shares.setdefault(key, []).append({**shape.labels(), "dtype": dtype})
     return sorted(shares.values(), key=len, reverse=True)
 
@@ -412,8 +419,8 @@ def _layer(result: Result, plan: dict[str, Any], device: str, item: tuple) -> No
 
     import torch
 
+    from labkit.dispatch.measure import timed
     from labkit.layers import TrainingStep, TransformerModel
-    from labkit.timing import time_many
 
     name, lengths, precisions = item
     tiny = functools.partial(TransformerModel, 32, 2, 1)  # a CPU's autocast is slow
@@ -435,14 +442,16 @@ def _layer(result: Result, plan: dict[str, Any], device: str, item: tuple) -> No
                     difference = step.model(x[:1]).double() - exact
             errors[precision] = (difference.norm() / exact.norm()).item()
             functions[precision] = functools.partial(step.launch, x, torch.randn_like(x))
-        timings = time_many(
+        timings, notes = timed(
             functions, warmup_ms=plan["rep_ms"], rep_ms=2 * plan["rep_ms"], max_samples=_SAMPLES,
             device=device, launch="included",
         )  # fmt: skip
+        result.notes += [f"layer {name} n{n}: {note}" for note in notes]
         for precision, timing in timings.items():
             row = {"part": "layer", "model": name, "dim": model.dim, "batch": 4, "seq_len": n}
             row |= {"precision": precision, "launch": "included", "method": timing.method}
-            row |= {"median_ms": timing.median_ms, "samples_ms": _rounded(timing.samples_ms)}
+            row["samples_ms"] = _rounded(timing.samples_ms)
+            row["median_ms"] = median(row["samples_ms"])
             row["error"] = errors[precision]  # of the model's output, against float64
             result.rows.append(row)
 
@@ -514,14 +523,19 @@ def _map(result: Result, plan: dict[str, Any], device: str, group: dict[str, Any
         n = shape.seq_len
         mask = torch.ones(n, n, dtype=torch.bool, device=device).tril()
         make_mask = lambda dtype: mask  # noqa: E731
+    whole = [b for b in group["backends"] if shape.scores <= _SCORES or b not in ("math", "naive")]
+    if len(whole) < len(group["backends"]):
+        result.notes.append(f"math and naive are left out where S has more than 2^{_LOG_SCORES} "
+                            "elements.")  # fmt: skip
     rows, notes = race(
-        shape, group["backends"], group["dtypes"], device=device, attn_mask=make_mask,
+        shape, whole, group["dtypes"], device=device, attn_mask=make_mask,
         warmup_ms=plan["rep_ms"] / 3, rep_ms=plan["rep_ms"], max_samples=_SAMPLES,
-        largest_scores=_SCORES, samples=True,
+        samples=True,
     )  # fmt: skip
     result.notes += notes
     for row in rows:
-        row["median_ms"] = row.pop("ms")
+        del row["ms"]
+        row["median_ms"] = median(row["samples_ms"])  # of the samples as they are kept
         result.rows.append({"part": "map", "kind": group["kind"], **row})
     for dtype in group["dtypes"]:
         if dtype == "tf32":
