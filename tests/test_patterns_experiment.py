@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("torch")
 
 from labkit.errors import ArgumentError
-from labkit.experiments import masks, run
+from labkit.experiments import Result, masks, run
 from labkit.patterns import Blocked
 
 
@@ -107,6 +107,21 @@ def test_a_case_whose_program_fails_is_measured_here(monkeypatch):
     result = masks.run(quick=True, device="cpu", parts=("sorted",))
     assert [row["name"] for row in result.rows] == ["blocks"]
     assert len(result.notes) == 1 and "clustered_sorted, forward" in result.notes[0]
+
+
+def test_one_function_that_cannot_be_timed_costs_no_other():
+    plan = masks._plan(True, "cpu") | {"rep_ms": 1}
+    result = Result()
+
+    def later():
+        yield
+
+    calls = {"naive": later, "sdpa": lambda: 1}
+    found = {name: {"mask_bytes": 0} for name in calls}
+    stats = {"costs": {"naive": {}, "sdpa": {"flops": 7}}}
+    masks._time(result, plan, calls, found, {"pattern": "local"}, stats)
+    assert [(row["name"], row["flops"]) for row in result.rows] == [("sdpa", 7)]
+    assert len(result.notes) == 1 and "naive" in result.notes[0]
 
 
 @pytest.mark.gpu

@@ -40,7 +40,7 @@ def main(name: str, what: str, plan: str, files: str) -> None:
             return  # nobody waits for it any more
         time.sleep(0.02)
     result = Result()
-    masks._race(result, plan, plan["device"], functions, labels, which, [what], there=there)
+    masks._race(result, plan, plan["device"], functions, labels, which, what, there=there)
     for row in result.rows:
         row["first_s"] = round(first, 2)
     found = json.dumps({"rows": result.rows, "notes": result.notes})

@@ -36,7 +36,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from labkit.errors import check_choice
+from labkit.errors import LabError, check_choice
 from labkit.experiments import Progress, Result, _release_memory
 from labkit.experiments._correctness import _environment
 from labkit.experiments._jobs import Jobs, first_line, untuned
@@ -132,11 +132,11 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
         "lengths": (2048, 32768, 8192, 16384, 4096),
         "patterns": (
             "local", "random", "random_blocks", "strided", "clustered", "hierarchical",
-            "clustered_sorted", "strided_blocks", "local_blocks",
+            "clustered_sorted",
         ),
         "hows": ("naive", "sdpa", "flex", "window"), "matrices": ("local", "random"),
         "deep": ("local", "random", "random_blocks"), "rep_ms": 40, "passes": _PASSES,
-        "counted": 4096, "per_row": (1, 2, 4, 8, 16, 32, 205), "limit_s": 66.0,
+        "counted": 4096, "per_row": (1, 2, 4, 8, 16, 32, 205), "limit_s": 68.0,
         "device": "cuda", "apart": "flex", "yardstick": "flash",
     }  # fmt: skip
     if quick:
@@ -147,13 +147,17 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
     return plan
 
 
-def _work(plan: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Parts and items, the most wanted first: what the time does not suffice for is the rest."""
-    yield "blocks", None
-    yield "density", "dense"
-    for name in plan["patterns"]:
-        yield ("sorted" if name.endswith("_sorted") else "density"), name
-    yield from (("lengths", n) for n in plan["lengths"])
+def _work(plan: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Part, pattern or length, and pass, the most wanted first.
+
+    What the time does not suffice for is the rest: so everything forward, and then backward.
+    """
+    for what in plan["passes"]:
+        yield "density", "dense", what
+        for name in plan["patterns"]:
+            if what == "forward" or name in plan["deep"]:
+                yield ("sorted" if name.endswith("_sorted") else "density"), name, what
+        yield from (("lengths", str(n), what) for n in plan["lengths"])
 
 
 def made_for(plan: dict[str, Any], name: str) -> Any:
@@ -210,13 +214,15 @@ def run(
 
     torch.manual_seed(0)
     jobs = Jobs(_plan, quick, device, PARTS if parts is None else parts, PARTS)
-    measure = {"blocks": _blocks, "density": _density, "sorted": _sorted, "lengths": _lengths}
+    measure = {"density": _density, "sorted": _sorted, "lengths": _lengths}
     with untuned(), _Apart(jobs) as apart:
         jobs.plan["children"] = apart
-        for part, item in _work(jobs.plan):
-            jobs.add(part, f"{part} {item or ''}".strip(), measure[part], *([item] if item else []))
-            if part == "blocks":  # counted while the compilers work
-                jobs.also("compiling", apart.wait)
+        jobs.add("blocks", "blocks", _blocks)  # counted while the compilers work
+        if jobs.plan["apart"]:
+            jobs.also("compiling", functools.partial(_warm, jobs.plan, jobs.parts))
+            jobs.also("waiting", apart.wait)
+        for part, item, what in _work(jobs.plan):
+            jobs.add(part, f"{part} {item} {what}", measure[part], item, what)
         result = jobs.run(progress, limit_s=jobs.plan["limit_s"], tidy=_tidy)
     _summarise(result, jobs.plan, jobs.device)
     return result
@@ -227,6 +233,25 @@ def _tidy(failed: bool) -> None:
 
     clear_masks()
     _release_memory()
+
+
+def _warm(plan: dict[str, Any], parts: Sequence[str]) -> None:
+    """Let our own kernels be compiled, by a call of each kind, while other programs compile too."""
+    from labkit.patterns import Local, pattern_attention
+
+    for part, item, what in _work(plan):
+        if part not in parts or (part == "density" and item not in ("dense", "local")):
+            continue
+        n = int(item) if item.isdigit() else plan["seq_len"]
+        which = Local(plan["window"]) if item.isdigit() else made_for(plan, "local")
+        options = {"how": "window", "causal": True}
+        functions = [functools.partial(_dense, plan["yardstick"])]
+        if "window" in plan["hows"]:
+            functions.append(lambda q, k, v, w=which, o=options: pattern_attention(q, k, v, w, **o))
+        for function in functions:
+            q, k, v, dout = _draw(plan, n, plan["device"])
+            leaves = [x.requires_grad_(what == "both") for x in (q, k, v)]
+            (_forward if what == "forward" else _both)(function, leaves, dout)
 
 
 class _Apart:
@@ -242,6 +267,7 @@ class _Apart:
         self.children: dict[tuple[str, str], tuple[subprocess.Popen, Path]] = {}
 
     def __enter__(self) -> _Apart:
+        self.begin = time.perf_counter()
         self.folder = tempfile.TemporaryDirectory()
         # Each has its core; a pool of compilers for each of them would be too many.
         environment = _environment() | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -262,9 +288,12 @@ class _Apart:
             child.wait()
         self.folder.cleanup()
 
-    def wait(self, seconds: float = 32.0) -> None:
-        """Until all are ready or have failed: nothing is timed while others use the GPU."""
-        self._wait(seconds, *self.children)
+    def wait(self, seconds: float = 36.0) -> None:
+        """Until all are ready or have failed: nothing is timed while others use the GPU.
+
+        Not longer than so many seconds from the start of all.
+        """
+        self._wait(self.begin + seconds - time.perf_counter(), *self.children)
 
     def _wait(self, seconds: float, *cases: tuple[str, str]) -> None:
         end = time.perf_counter() + seconds
@@ -301,15 +330,12 @@ class _Apart:
 
 def _cases_apart(plan: dict[str, Any], parts: Sequence[str]) -> Iterator[tuple[str, str]]:
     """``(name of a pattern or a length, pass)`` of all that is measured by programs apart."""
-    how = plan["apart"]
-    for part, item in _work(plan) if how else ():
-        if part not in parts or item in (None, "dense"):
+    for part, item, what in _work(plan) if plan["apart"] else ():
+        if part not in parts or item == "dense":
             continue
-        if part == "lengths":
-            wanted = ("forward",) if item in _ends(plan) else ()
-        else:
-            wanted = plan["passes"] if item in plan["deep"] else ("forward",)
-        yield from ((str(item), what) for what in wanted)
+        # For a length it takes seconds too, and says nothing new between the ends.
+        if part != "lengths" or (what == "forward" and int(item) in _ends(plan)):
+            yield item, what
 
 
 def case_apart(plan: dict[str, Any], name: str, what: str) -> tuple[Any, ...]:
@@ -370,7 +396,7 @@ def _dense(name: str, q, k, v):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def _density(result: Result, plan: dict[str, Any], device: str, name: str) -> None:
+def _density(result: Result, plan: dict[str, Any], device: str, name: str, what: str) -> None:
     """One pattern at the main size by each way, or the yardstick: dense causal attention."""
     n = plan["seq_len"]
     labels = {"part": "density", "pattern": name, "seq_len": n, "causal": True}
@@ -379,43 +405,41 @@ def _density(result: Result, plan: dict[str, Any], device: str, name: str) -> No
 
         names = dict.fromkeys((plan["yardstick"], "sdpa"))
         functions = {kind: functools.partial(_dense, kind) for kind in names}
-        _race(result, plan, device, functions, labels, Local(n), plan["passes"])
+        _race(result, plan, device, functions, labels, Local(n), what)
         return
-    which = made_for(plan, name)
-    for what in plan["passes"] if name in plan["deep"] else ("forward",):
-        hows = _hows(plan, name, what)
-        if plan["children"].measured(name, what):
-            hows.remove(plan["apart"])
-        _race(result, plan, device, _functions(plan, which, hows), labels, which, [what])
+    which, hows = made_for(plan, name), _hows(plan, name, what)
+    if plan["children"].measured(name, what):
+        hows.remove(plan["apart"])
+    _race(result, plan, device, _functions(plan, which, hows), labels, which, what)
 
 
-def _sorted(result: Result, plan: dict[str, Any], device: str, name: str) -> None:
+def _sorted(result: Result, plan: dict[str, Any], device: str, name: str, what: str) -> None:
     """A pattern whose tokens are brought together, attended there, and put back."""
-    if plan["children"].measured(name, "forward"):
+    if plan["children"].measured(name, what):
         return
     labels = {"part": "density", "pattern": name, "seq_len": plan["seq_len"], "causal": True}
     which = made_for(plan, name)
     functions = _functions(plan, which, [plan["apart"] or "blocks"], reorder=True)
     there = which.reordered(plan["seq_len"])
-    _race(result, plan, device, functions, labels, which, ["forward"], there=there)
+    _race(result, plan, device, functions, labels, which, what, there=there)
 
 
-def _lengths(result: Result, plan: dict[str, Any], device: str, n: int) -> None:
+def _lengths(result: Result, plan: dict[str, Any], device: str, length: str, what: str) -> None:
     """A window of fixed width, and dense attention beside it."""
     from labkit.patterns import Local
 
-    which = Local(plan["window"])
+    n, which = int(length), Local(plan["window"])
     labels = {"part": "lengths", "pattern": "local", "seq_len": n, "causal": True}
-    for what in plan["passes"]:
-        # naive's law is seen by then, and it would take the most of the time
-        hows = [how for how in plan["hows"] if how != "naive" or n <= 8192]
-        if plan["apart"] in hows:
-            wanted = n in _ends(plan) and what == "forward"
-            if not wanted or plan["children"].measured(str(n), what):
-                hows.remove(plan["apart"])
-        functions = _functions(plan, which, hows)
-        functions["dense"] = functools.partial(_dense, plan["yardstick"])
-        _race(result, plan, device, functions, labels, which, [what])
+    # Where their law is seen, they would take the most of the time.
+    most = {"naive": 8192, "sdpa": 32768 if what == "forward" else 16384}
+    hows = [how for how in plan["hows"] if n <= most.get(how, n)]
+    if plan["apart"] in hows:
+        wanted = (length, what) in _cases_apart(plan, PARTS)
+        if not wanted or plan["children"].measured(length, what):
+            hows.remove(plan["apart"])
+    functions = _functions(plan, which, hows)
+    functions["dense"] = functools.partial(_dense, plan["yardstick"])
+    _race(result, plan, device, functions, labels, which, what)
 
 
 def _functions(plan, which, hows, *, reorder: bool = False) -> dict[str, Callable]:
@@ -430,7 +454,7 @@ def _attend(attention, which, how, options, q, k, v):
     return attention(q, k, v, which, how=how, **options)
 
 
-def _race(result, plan, device, functions, labels, which, passes, *, there=None) -> None:
+def _race(result, plan, device, functions, labels, which, what, *, there=None) -> None:
     """Check each function, weigh it, time all that ran in turns; a row for each.
 
     ``there`` is the pattern whose blocks are computed, if that is not ``which``.
@@ -440,26 +464,25 @@ def _race(result, plan, device, functions, labels, which, passes, *, there=None)
     n = labels["seq_len"]
     stats = _statistics(there or which, n, plan, device)
     q, k, v, dout = _draw(plan, n, device)
-    for what in passes:
-        leaves = [x.detach().requires_grad_(what == "both") for x in (q, k, v)]
-        truth = _oracle(which, q, k, v, dout, what)
-        calls, found = {}, {}
-        for name, fn in functions.items():
-            call = functools.partial(_forward if what == "forward" else _both, fn, leaves, dout)
-            start = time.perf_counter()
-            try:
-                found[name] = {
-                    "error": _error(call(), truth),
-                    "first_s": round(time.perf_counter() - start, 2),
-                    "mask_bytes": _mask_bytes(there or which, name, labels, plan, device),
-                    "peak": _peak(call, device),
-                }
-            except Exception as error:
-                where = f"{labels['pattern']}, {name}, {what}, seq_len {n}"
-                result.notes.append(f"{where}: {first_line(error)}")
-                continue
-            calls[name] = call
-        _time(result, plan, calls, found, labels | {"pass": what}, stats)
+    leaves = [x.requires_grad_(what == "both") for x in (q, k, v)]
+    truth = _oracle(which, q, k, v, dout, what)
+    calls, found = {}, {}
+    for name, fn in functions.items():
+        call = functools.partial(_forward if what == "forward" else _both, fn, leaves, dout)
+        start = time.perf_counter()
+        try:
+            found[name] = {
+                "error": _error(call(), truth),
+                "first_s": round(time.perf_counter() - start, 2),
+                "mask_bytes": _mask_bytes(there or which, name, labels, plan, device),
+                "peak": _peak(call, device),
+            }
+        except Exception as error:
+            where = f"{labels['pattern']}, {name}, {what}, seq_len {n}"
+            result.notes.append(f"{where}: {first_line(error)}")
+            continue
+        calls[name] = call
+    _time(result, plan, calls, found, labels | {"pass": what}, stats)
 
 
 def _forward(fn, leaves, dout):
@@ -480,10 +503,17 @@ def _time(result, plan, calls, found, labels, stats) -> None:
 
     if not calls:
         return
-    timings = time_many(
-        calls, warmup_ms=plan["rep_ms"] / 4, rep_ms=plan["rep_ms"], max_samples=_SAMPLES
-    )
-    for name in calls:
+    options = {"warmup_ms": plan["rep_ms"] / 4, "rep_ms": plan["rep_ms"], "max_samples": _SAMPLES}
+    timings: dict[str, Any] = {}
+    try:
+        timings |= time_many(calls, **options)
+    except LabError:  # one cannot be timed: the others are, each for itself
+        for name, call in calls.items():
+            try:
+                timings |= time_many({name: call}, **options)
+            except LabError as error:
+                result.notes.append(f"{name} at {labels}: {first_line(error)}")
+    for name in timings:
         cost = stats["costs"][_cost_name(name, labels["pattern"])]
         row = {**labels, **plan["shape"], "name": name, **found[name], **stats, **cost}
         row.pop("costs")
@@ -546,6 +576,7 @@ def _oracle(which, q, k, v, dout, what: str):
     import torch
 
     n = q.shape[2]
+    q, k, v = (x.detach() for x in (q, k, v))
     rows = torch.linspace(0, n - 1, min(64, n), device=q.device).long()
     q64, dout64 = (x[-1, -1, rows].double() for x in (q, dout))
     k64, v64 = (x[-1, -1].double() for x in (k, v))
