@@ -45,6 +45,28 @@ def test_a_step_is_timed_weighed_and_compared_with_float64(step):
     assert step.value("ratio.report.naive.fp32.n32") == 1
     assert step.value("claim.flash_half.b1") == step.value("predicted_claim.flash_half.b1")
     assert not [note for note in step.notes if "Error" in note]
+    # a record checks that each median is that of the samples beside it
+    record = records.new_record("training_step", step.results, step.rows, "pytest", quick=True)
+    assert record.rows == step.rows
+
+
+def test_a_step_that_the_timer_refuses_costs_no_other(monkeypatch):
+    from labkit import timing
+
+    asked = []
+
+    def refuses(functions, **how):
+        asked.append([*functions])
+        if "b" in functions:
+            raise timing.UnsynchronisedError("b leaves work on another CUDA stream: wait for it.")
+        return dict.fromkeys(functions, "timed")
+
+    monkeypatch.setattr(timing, "time_many", refuses)
+    result = Result()
+    how = {"launch": "included", "device": "cpu", "plan": {"rep_ms": 1, "min_samples": 1}}
+    found = training_step._in_turns(result, {"a": print, "b": print}, **how)
+    assert found == {"a": "timed"} and asked == [["a", "b"], ["a"]]
+    assert "another CUDA stream" in result.notes[0]
 
 
 def test_speedups_and_savings_are_over_float32_of_the_same_backend():
