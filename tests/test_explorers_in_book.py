@@ -20,12 +20,13 @@ pytest_plugins = ["browser"]
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = (
-    "scores_buffer", "what_grows", "roofline", "tile_stepper", "pattern_tiles", "nsa_reads",
+    "scores_buffer", "what_grows", "roofline", "tile_stepper", "fits", "pattern_tiles",
+    "nsa_reads",
 )  # fmt: skip
 #: the chapter that each explorer belongs to
 HOME = {
     "01": "scores_buffer", "02": "what_grows", "04": "roofline", "07": "tile_stepper",
-    "11": "pattern_tiles", "12": "nsa_reads",
+    "10": "fits", "11": "pattern_tiles", "12": "nsa_reads",
 }  # fmt: skip
 
 
