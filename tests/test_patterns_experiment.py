@@ -31,6 +31,7 @@ def test_unknown_pattern_is_refused():
 @pytest.fixture(scope="module")
 def result():
     plan = masks._plan(True, "cpu") | {
+        "shape": {"batch": 1, "heads": 2, "head_dim": 32, "dtype": "float32"},
         "seq_len": 128, "block": 16, "lengths": (64, 128), "window": 16, "rep_ms": 1,
         "counted": 128, "per_row": (1, 6), "passes": ("forward", "both"),
         "patterns": ("local", "clustered_blocks", "clustered_sorted"),

@@ -53,6 +53,9 @@ PARTS = ("blocks", "density", "sorted", "lengths")
 _SAMPLES = 15
 _PASSES = ("forward", "both")
 NAMES = ("local", "strided", "random", "clustered", "hierarchical")
+_PATTERNS = (
+    "local", "random", "random_blocks", "strided", "clustered", "hierarchical", "clustered_sorted",
+)  # fmt: skip
 
 
 def at_density(name: str, density: float, seq_len: int, *, block: int | None = None) -> Any:
@@ -116,10 +119,10 @@ def _nearest(make: Callable[[int], Any], density: float, n: int) -> Any:
 def _plan(quick: bool, device: str) -> dict[str, Any]:
     if device == "cpu":
         return {
-            "shape": {"batch": 1, "heads": 2, "head_dim": 32, "dtype": "float32"},
-            "seq_len": 1024, "density": 0.05, "block": 64, "window": 64, "lengths": (256, 1024),
-            "patterns": ("local", "random", "local_blocks", "random_blocks"), "rep_ms": 10,
-            "hows": ("naive", "sdpa", "blocks"), "matrices": None, "deep": ("local",),
+            "shape": {"batch": 1, "heads": 1, "head_dim": 32, "dtype": "float32"},
+            "seq_len": 2048, "density": 0.05, "block": 64, "window": 64, "lengths": (512, 2048),
+            "patterns": _PATTERNS, "hows": ("naive", "sdpa", "blocks"), "rep_ms": 10,
+            "matrices": ("local", "random"), "deep": ("local", "random", "random_blocks"),
             "passes": ("forward",), "counted": 512, "per_row": (1, 4, 26), "limit_s": 20.0,
             "device": "cpu", "apart": None, "yardstick": "sdpa",
         }  # fmt: skip
@@ -130,10 +133,7 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
         "shape": {"batch": 1, "heads": 16, "head_dim": 64, "dtype": half},
         "seq_len": 16384, "density": 0.05, "block": 128, "window": 256,
         "lengths": (2048, 32768, 8192, 16384, 4096),
-        "patterns": (
-            "local", "random", "random_blocks", "strided", "clustered", "hierarchical",
-            "clustered_sorted",
-        ),
+        "patterns": _PATTERNS,
         "hows": ("naive", "sdpa", "flex", "window"), "matrices": ("local", "random"),
         "deep": ("local", "random", "random_blocks"), "rep_ms": 40, "passes": _PASSES,
         "counted": 4096, "per_row": (1, 2, 4, 8, 16, 32, 205), "limit_s": 68.0,
