@@ -88,8 +88,8 @@ def blocks_and_time(ax: Axes, result: Any) -> str:
     return (
         "For each pattern, a line with three marks on a logarithmic axis, all over dense causal "
         "attention: the share of scores that it sees, the share of blocks that these touch, and "
-        "the time. The scores are about the same for all; compare where the blocks are and where the "
-        "time is. A dashed line at one is dense attention. The last rows are masked dense work. "
+        "the time. The scores are about the same for all; compare the places of blocks and "
+        "times. A dashed line at one is dense attention. The last rows are masked dense work. "
         f"Rows: {', '.join(name for name, *_ in lines)}."
     )
 
