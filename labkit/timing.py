@@ -310,8 +310,15 @@ class _Cuda:
         spin = self._cycles(min(2 * self._host_time(fn) + 100e-6, 1.0))
         with_fn = self._least(lambda f: self._added_ms(f, spin), fn)
         added_ms = with_fn - self._least(lambda f: self._added_ms(f, spin), nothing)
-        left_over_s = self._least(self._left_over_s, fn) - self._least(self._left_over_s, nothing)
-        if left_over_s > max(20e-6, 0.05 * added_ms * 1e-3):
+        idle_s = self._least(self._left_over_s, nothing)
+        least_s = self._least(self._left_over_s, fn)
+        allowed_s = max(20e-6, 0.05 * added_ms * 1e-3)
+        for _ in range(4):  # a busy host delays a few probes in a row; stray work delays them all
+            if least_s - idle_s <= allowed_s:
+                break
+            least_s = min(least_s, self._least(self._left_over_s, fn))
+        left_over_s = least_s - idle_s
+        if left_over_s > allowed_s:
             raise UnsynchronisedError(
                 f"{name} leaves work on another CUDA stream: the GPU was still busy "
                 f"{left_over_s * 1e6:.0f} µs after the current stream had finished. Let the "

@@ -50,13 +50,15 @@ def test_plans_ask_for_what_there_is():
     for quick in (True, False):
         plan = layer_forward._plan(quick, "cuda")
         names = {*plan["configs"], *plan["launch_configs"], *plan.get("long", ())}
-        names |= {item[0] for item in (*plan["compile"], *plan.get("compile_last", ()))}
+        names |= {item[0] for part, item in plan["work"] if part == "compile"}
         assert names <= set(plan["configs"]) <= set(layer_forward.CONFIGS)
-        assert {size for size, _ in plan["forward"]} <= set(layer_forward.SIZES)
-    lengths = [n for size, n in plan["forward"] if size == "report"]
+        sized = [item for part, item in plan["work"] if part == "forward"]
+        assert {size for size, _ in sized} <= set(layer_forward.SIZES)
+    lengths = [n for size, n in sized if size == "report"]
     assert set(layer_forward.CLAIMED) < set(lengths) and max(lengths) == 16384
     short = layer_forward._configs(plan, "report", 256)
     assert set(layer_forward._configs(plan, "report", 512)) - set(short) == set(plan["seldom"])
+    assert layer_forward._configs(plan, "report", 16384) == list(plan["long"])
     assert {n for pair in products.FLASH.values() for n in pair} <= set(layer_forward.CONFIGS)
 
 
@@ -132,6 +134,49 @@ def test_what_fails_is_noted_and_the_rest_goes_on():
     assert [row["item"] for row in result.select(part="clock")] == ["a ()", "b (3,)"]
     layer_forward.within_budget(result, [("b", (4,))], do, -1.0, None)
     assert done == [3] and "left out" in result.notes[-1]
+
+
+def test_what_the_timer_refuses_costs_itself_alone(monkeypatch):
+    from labkit import timing
+
+    asked = []
+
+    def time_many(functions, **options):
+        asked.append((sorted(functions), options))
+        if "b" in functions:
+            raise timing.UnsynchronisedError("b leaves work on another CUDA stream")
+        return dict.fromkeys(functions, "timed")
+
+    monkeypatch.setattr(timing, "time_many", time_many)
+    result = Result()
+    fns = {"a": 1, "b": 2, "c": 3}
+    found = layer_forward.timed_or_noted(result, fns, launch="hidden")
+    assert found == {"a": "timed", "c": "timed"}
+    assert [names for names, _ in asked] == [["a", "b", "c"], ["a", "c"]]
+    assert asked[1][1] == {"launch": "hidden"}
+    (note,) = result.notes
+    assert "b leaves work" in note
+    assert layer_forward.timed_or_noted(Result(), {"b": 1}) == {}
+
+
+def test_a_kernel_belongs_to_the_call_in_which_it_starts():
+    calls = [
+        (0, 100, "labkit call a"),
+        (2000, 2100, "labkit call a"),
+        (4000, 4200, "labkit call b"),
+    ]
+    # the second call of a is half as busy; the GPU's clock is 40 µs ahead of the host's
+    launched = [(50, 60, "gemm"), (60, 70, "softmax"), (2050, 2060, "gemm")]
+    launched += [(2080, 2090, "softmax"), (4240, 4250, "pytorch_flash::flash_fwd_kernel")]
+    result = Result()
+    found = layer_forward.sorted_out(calls, launched, result)
+    assert result.notes == []
+    assert found["a"]["kernels"] == 2 and found["a"]["attention"] == "unfused"
+    assert found["a"]["busy_share"] == pytest.approx((1 + 0.5) / 2)
+    assert found["b"]["timeline"] == [[0.0, 10.0]] and found["b"]["attention"] == "flash"
+    missing = [k for k in launched if k[0] != 2080]
+    assert set(layer_forward.sorted_out(calls, missing, result)) == {"b"}
+    assert "[2, 1]" in result.notes[0]
 
 
 def test_tf32_is_allowed_inside_and_as_before_outside():

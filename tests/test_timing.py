@@ -185,6 +185,32 @@ def test_cuda_without_a_gpu_says_so():
         time_fn(lambda: None, device="cuda")
 
 
+@pytest.mark.parametrize(("later_us", "refused"), [(5, False), (60, True)])
+def test_stray_work_is_what_delays_every_probe(monkeypatch, later_us, refused):
+    """A host that others share delays the first probes; the rule is tried without a GPU."""
+    from labkit.timing import _Cuda
+
+    cuda, probes = _Cuda.__new__(_Cuda), []
+
+    def left_over(fn):
+        if fn() is None:
+            return 2e-6
+        probes.append(fn)
+        return 1e-6 * (30 if len(probes) <= 7 else later_us)
+
+    monkeypatch.setattr(cuda, "_host_time", lambda fn: 1e-4, raising=False)
+    monkeypatch.setattr(cuda, "_cycles", lambda seconds: 1000, raising=False)
+    monkeypatch.setattr(cuda, "_added_ms", lambda fn, spin: 0.3 if fn() else 0.0, raising=False)
+    monkeypatch.setattr(cuda, "_left_over_s", left_over, raising=False)
+    if refused:
+        with pytest.raises(UnsynchronisedError, match="another CUDA stream"):
+            cuda.refuse_unseen("layer", lambda: 1)
+        assert len(probes) == 25, "five times five"
+    else:
+        cuda.refuse_unseen("layer", lambda: 1)
+        assert len(probes) == 10, "no more than it takes"
+
+
 @pytest.mark.gpu
 def test_cuda_times_the_gpu_and_not_the_call():
     x = torch.empty(2**28, dtype=torch.uint8, device="cuda")

@@ -66,6 +66,8 @@ __all__ = [
     "pays_from",
     "run",
     "series",
+    "sorted_out",
+    "timed_or_noted",
     "within_budget",
 ]
 
@@ -92,7 +94,7 @@ SLACK = 1.25
 #: at most so many samples of a row are kept
 _SAMPLES = 25
 #: nothing is begun after so many seconds
-_BUDGET_S = 65
+_BUDGET_S = 95
 #: rows of the last layer that are compared with float64
 _ROWS = 64
 
@@ -141,23 +143,29 @@ CONFIGS: dict[str, Config] = {
 def _plan(quick: bool, device: str) -> dict[str, Any]:
     if device == "cpu":
         return {
-            "forward": [("report", n) for n in (64, 128, 256)],
+            "work": [("forward", ("report", n)) for n in (64, 128, 256)],
             "configs": ("original", "sdpa"),
             "batch": 1, "launch_configs": (), "launch_to": 0, "hidden_to": 0,
-            "rep_ms": 10, "min_samples": 3, "oracle_to": 256, "compile": [],
+            "rep_ms": 10, "min_samples": 3, "oracle_to": 256,
         }  # fmt: skip
     if quick:
         return {
-            "forward": [("report", n) for n in (128, 512, 2048)],
+            "work": [("forward", ("report", n)) for n in (128, 512, 2048)],
             # without the kernels of labkit.flash: compiling them takes longer than the rest
             "configs": ("original", "sdpa", "sdpa_half"),
             "launch_configs": ("original", "sdpa_half"), "launch_to": 2048, "hidden_to": 2048,
-            "rep_ms": 12, "oracle_to": 2048, "compile": [],
+            "rep_ms": 12, "oracle_to": 2048,
         }  # fmt: skip
-    work = [(size, 2**k) for size in SIZES for k in range(7, 14)]
-    work += [(size, 16384) for size in SIZES]  # the longest last: they take a fifth of the time
+    lengths = [2**k for k in range(7, 14)]
+    # what the claims are about first, and what the chapter can do without last
+    work = [("forward", ("report", n)) for n in lengths]
+    work += [("compile", ("sdpa_half", 512, mode)) for mode in (None, "reduce-overhead")]
+    work += [("forward", ("report", 16384))]
+    work += [("forward", ("realistic", n)) for n in lengths if n != 256]
+    work += [("forward", ("realistic", 16384)), ("compile", ("original", 512, None))]
+    work += [("compile", (name, 4096, None)) for name in ("sdpa_half", "original")]
     return {
-        "forward": work,
+        "work": work,
         "configs": tuple(CONFIGS),
         "launch_configs": ("original", "sdpa", "sdpa_half", "sdpa_autocast", "flash_half"),
         # beyond 8k the GPU's part is all of a call
@@ -166,11 +174,6 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
         "seldom": ("original_tf32", "flash", "flash_tf32x3"),
         "seldom_at": {("report", 512), ("report", 2048), ("report", 8192), ("realistic", 4096)},
         "long": ("original", "original_half", "sdpa", "sdpa_half", "flash_half"),
-        "compile": [
-            ("sdpa_half", 512, None), ("original", 512, None),
-            ("sdpa_half", 512, "reduce-overhead"),
-        ],
-        "compile_last": [("sdpa_half", 4096, None), ("original", 4096, None)],
     }  # fmt: skip
 
 
@@ -211,14 +214,8 @@ def run(
     wanted = PARTS if parts is None else tuple(parts)
     if "launch" not in wanted:
         plan["launch_to"] = 0
-    work: list[tuple[str, tuple]] = []
-    if "forward" in wanted or "launch" in wanted:
-        work += [("forward", item) for item in plan["forward"]]
-    if "compile" in wanted:
-        # before the longest, which would leave no time for it
-        at = next((i for i, w in enumerate(work) if w[1][1] == 16384), len(work))
-        work[at:at] = [("compile", item) for item in plan["compile"]]
-        work += [("compile", item) for item in plan.get("compile_last", ())]
+    parts_of = {"forward": ("forward", "launch"), "compile": ("compile",)}
+    work = [w for w in plan["work"] if set(parts_of[w[0]]) & set(wanted)]
     result = Result()
     do = {
         "forward": functools.partial(_forward, result, plan, device),
@@ -413,8 +410,6 @@ def _forward(result: Result, plan: dict[str, Any], device: str, size: str, n: in
     """All configurations at one size and length, in turns."""
     import torch
 
-    from labkit.timing import time_many
-
     shape = {**SIZES[size], "seq_len": n}
     shape["batch"] = plan.get("batch", shape["batch"])
     base = _weights(plan, size, device)
@@ -444,8 +439,8 @@ def _forward(result: Result, plan: dict[str, Any], device: str, size: str, n: in
     for launch in ("included", "hidden"):
         if launch == "hidden" and (device == "cpu" or n > plan["hidden_to"]):
             continue
-        timings = time_many(calls, device=device, launch=launch, **options)
-        for name in calls:
+        timings = timed_or_noted(result, calls, device=device, launch=launch, **options)
+        for name in timings:
             row = {"part": "forward", "size": size, "name": name, **shape, "launch": launch}
             result.rows.append(_timed(row | facts[name], timings[name]))
     if device == "cpu":
@@ -454,22 +449,43 @@ def _forward(result: Result, plan: dict[str, Any], device: str, size: str, n: in
             result.rows.append({"part": "launch", "size": size, "name": name, **shape,
                                 "kernels": len(ops)})  # fmt: skip
         return
-    for name, fn in calls.items():
-        ways = name in plan["launch_configs"] and n <= plan["launch_to"]
-        # which of torch's kernels ran is asked at every length: the notes suspect a change
-        if not (ways or n == 512 or name in ("sdpa", "sdpa_half")):
-            continue
+    # which of torch's kernels ran is asked at every length: the notes suspect a change
+    ways = [w for w in plan["launch_configs"] if w in calls] if n <= plan["launch_to"] else []
+    watched = list(calls) if n == 512 else [*ways, *{"sdpa", "sdpa_half"}.intersection(calls)]
+    seen = _profiled({name: calls[name] for name in dict.fromkeys(watched)}, result)
+    for name, found in seen.items():
+        row = {"part": "launch", "size": size, "name": name, **shape, **found}
+        result.rows.append(row)
         try:
-            row = {"part": "launch", "size": size, "name": name, **shape}
-            result.rows.append(row | _profiled(fn, 5 if ways else 1))
-            if ways:
-                _ways(result.rows[-1], fn)
+            if name in ways:
+                _ways(row, calls[name])
         except Exception as error:
             result.notes.append(f"launch, {name}, {size}, N = {n}: {first_line(error)}")
     # kernels are kept where the figure of the gaps needs them
     for row in result.rows:
         if row["part"] == "launch" and row.get("seq_len") == n and not _drawn(row):
             row.pop("timeline", None)
+
+
+def timed_or_noted(
+    result: Result, functions: Mapping[str, Callable[[], Any]], **options: Any
+) -> Mapping[str, Any]:
+    """``labkit.timing.time_many`` of those that it does not refuse; a note for each that it does.
+
+    On a host that many share, the check for work on other streams may come out wrong.
+    """
+    from labkit.timing import UnsynchronisedError, time_many
+
+    left = dict(functions)
+    while left:
+        try:
+            return time_many(left, **options)
+        except UnsynchronisedError as error:
+            refused = [name for name in left if str(error).startswith(f"{name} ")]
+            result.notes.append(f"not timed: {first_line(error)}")
+            for name in refused or list(left):
+                del left[name]
+    return {}
 
 
 def _held(fn: functools.partial) -> dict[str, int]:
@@ -520,52 +536,88 @@ def _host_seconds(fn: Callable[[], Any], times: int = 15) -> list[float]:
 # -- the profile -----------------------------------------------------------------------------------
 
 _warm: list[bool] = []
+_RANGE = "labkit call "
 
 
-def _profiled(fn: Callable[[], Any], calls: int) -> dict[str, Any]:
-    """Kernels of one call as torch.profiler saw them: names, spans, the share that is busy."""
+def _profiled(
+    functions: Mapping[str, Callable[[], Any]], result: Result, calls: int = 5
+) -> dict[str, dict[str, Any]]:
+    """Kernels of one call of each as torch.profiler saw them; a note where it missed some.
+
+    One profile for all: to start and to end one takes longer than what it watches.  A call and
+    the wait for it are a range on the host, and a kernel belongs to the range in which it starts.
+    """
     import torch
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity, profile, record_function
 
     from labkit.memory.measuring import _without_profiler_noise
 
     def watch(times: int) -> Any:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA],
                      acc_events=True) as seen:  # fmt: skip
-            for _ in range(times):
-                fn()
-                torch.cuda.synchronize()
-        return seen.events()
+            for name, fn in functions.items():
+                for _ in range(times):
+                    time.sleep(1e-3)  # the clocks of host and GPU agree to less than that
+                    with record_function(_RANGE + name):
+                        fn()
+                        torch.cuda.synchronize()
+        return list(seen.events())
 
+    if not functions:
+        return {}
     with _without_profiler_noise():
         if not _warm:  # the first profile of a process misses what it starts with
             watch(1)
             _warm.append(True)
-        events = [e for e in watch(calls) if e.device_type == torch.autograd.DeviceType.CUDA]
-    found = sorted(
-        (e.time_range.start, e.time_range.end, e.name) for e in events if not _is_mark(e)
-    )
-    if not found or len(found) % calls:
-        raise RuntimeError(f"the profiler saw {len(found)} kernels of {calls} calls.")
-    count = len(found) // calls
-    each_call = [found[i : i + count] for i in range(0, len(found), count)]
-    shares = [gaps(spans)["busy"] for spans in each_call]
-    middle = each_call[sorted(range(calls), key=lambda i: shares[i])[calls // 2]]
-    start = middle[0][0]
-    names = [name for _, _, name in middle]
-    return {
-        "kernels": count,
-        "names": sorted({name[:90] for name in names}),
-        "attention": attention_kernel(names),
-        "busy_share": median(shares),
-        "busy_us": round(gaps(middle)["busy_us"], 3),
-        "timeline": [[round(a - start, 2), round(b - a, 2)] for a, b, _ in middle],
-    }
+        events = watch(calls)
+    on_gpu = torch.autograd.DeviceType.CUDA
+    span = lambda e: (e.time_range.start, e.time_range.end, e.name)  # noqa: E731
+    launched = [span(e) for e in events if e.device_type == on_gpu and not _is_mark(e)]
+    ranges = [span(e) for e in events if e.device_type != on_gpu and e.name.startswith(_RANGE)]
+    return sorted_out(ranges, launched, result)
+
+
+def sorted_out(
+    ranges: Sequence[tuple], launched: Sequence[tuple], result: Result
+) -> dict[str, dict[str, Any]]:
+    """Which kernels each call launched: of ``(start, end, name)`` in µs, by when they start.
+
+    Returns
+    -------
+    dict
+        name → ``kernels`` (of one call), ``names``, ``attention``, ``busy_share`` (median over the
+        calls), ``busy_us`` and ``timeline`` of the call in the middle.  A name whose calls differ
+        in how many kernels there are is left out, and a note says so.
+    """
+    found: dict[str, list[list[tuple]]] = {}
+    margin = 500.0  # µs
+    for start, end, name in sorted(ranges):
+        mine = sorted(k for k in launched if start - margin <= k[0] < end + margin)
+        found.setdefault(name.removeprefix(_RANGE), []).append(mine)
+    out = {}
+    for name, each_call in found.items():
+        counts = [len(mine) for mine in each_call]
+        if len(set(counts)) > 1 or not counts[0]:
+            result.notes.append(f"{name}: the profiler saw {counts} kernels in its calls.")
+            continue
+        shares = [gaps(mine)["busy"] for mine in each_call]
+        middle = each_call[sorted(range(len(shares)), key=lambda i: shares[i])[len(shares) // 2]]
+        begin = middle[0][0]
+        names = [kernel for _, _, kernel in middle]
+        out[name] = {
+            "kernels": len(middle),
+            "names": sorted({kernel[:90] for kernel in names}),
+            "attention": attention_kernel(names),
+            "busy_share": median(shares),
+            "busy_us": round(gaps(middle)["busy_us"], 3),
+            "timeline": [[round(a - begin, 2), round(b - a, 2)] for a, b, _ in middle],
+        }
+    return out
 
 
 def _is_mark(event: Any) -> bool:
     """A copy, a fill, or a range that the profiler draws on the GPU's lane; not a kernel."""
-    marks = ("Memcpy", "Memset", "aten::", "ProfilerStep", "## ", "Torch-Compiled")
+    marks = ("Memcpy", "Memset", "aten::", "ProfilerStep", "## ", "Torch-Compiled", _RANGE)
     return bool(getattr(event, "is_user_annotation", False)) or event.name.startswith(marks)
 
 
@@ -614,8 +666,6 @@ def _race_compiled(
 ) -> None:
     import torch
 
-    from labkit.timing import time_many
-
     shape = {**SIZES["report"], "seq_len": n}
     base, config = _weights(plan, "report", device), CONFIGS[name]
     model = network(shape, config, device, base.state_dict())
@@ -630,22 +680,19 @@ def _race_compiled(
     labels = {"part": "compile", "size": "report", "config": name, **shape}
     labels["mode"] = mode or "default"
     functions = {"eager": eager, "compiled": fast}
-    facts = {
-        who: {"error": _distance(fn(), expected), **_without_timeline(_profiled(fn, 3))}
-        for who, fn in functions.items()
-    }
+    facts = {who: {"error": _distance(fn(), expected)} for who, fn in functions.items()}
+    for who, found in _profiled(functions, result, 3).items():
+        del found["timeline"]
+        facts[who] |= found
     facts["compiled"]["compile_s"] = took
     for launch in ("included", "hidden"):
-        timings = time_many(
-            functions, device=device, launch=launch, rep_ms=plan["rep_ms"], max_samples=_SAMPLES
-        )
-        for who in functions:
+        timings = timed_or_noted(
+            result, functions, device=device, launch=launch, rep_ms=plan["rep_ms"],
+            max_samples=_SAMPLES,
+        )  # fmt: skip
+        for who in timings:
             row = {**labels, "name": who, "launch": launch, **facts[who]}
             result.rows.append(_timed(row, timings[who]))
-
-
-def _without_timeline(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != "timeline"}
 
 
 # -- what pages quote ------------------------------------------------------------------------------
@@ -832,14 +879,17 @@ def _summarise_compile(result: Result) -> None:
         if row["name"] != "compiled":
             continue
         at = {key: row[key] for key in ("config", "mode", "seq_len", "launch")}
-        (eager,) = result.select(part="compile", name="eager", **at)
+        eager = next(iter(result.select(part="compile", name="eager", **at)), None)
+        if eager is None:
+            continue
         key = f"{row['config']}.{row['mode'].replace('-', '_')}.n{row['seq_len']}"
         what = f"report's size, {CONFIGS[row['config']].text}, mode {row['mode']}"
         gain = eager["median_ms"] / row["median_ms"]
         if row["launch"] == "included":
             result.add(f"compile.time.{key}", row["median_ms"] / 1e3, "s", f"median, {what}")
             result.add(f"compile.speedup.{key}", gain, "1", f"eager over compiled, {what}")
-            result.add(f"compile.kernels.{key}", row["kernels"], "kernels", what)
+            if "kernels" in row:
+                result.add(f"compile.kernels.{key}", row["kernels"], "kernels", what)
             result.add(f"compile.seconds.{key}", row["compile_s"], "s", f"the first call, {what}")
         else:
             result.add(f"compile.speedup_gpu.{key}", gain, "1", f"the GPU alone, {what}")

@@ -52,6 +52,7 @@ from labkit.experiments.layer_forward import (
     call,
     network,
     oracle,
+    timed_or_noted,
     within_budget,
 )
 from labkit.experiments.scaling import _one_thread
@@ -166,8 +167,6 @@ def _parts(result: Result, plan: dict[str, Any], device: str, size: str, n: int)
     """Whole layers and attention alone, every configuration, in turns."""
     import torch
 
-    from labkit.timing import time_many
-
     shape = {**SIZES[size], "seq_len": n}
     shape["batch"] = plan.get("batch", shape["batch"])
     base = _weights(plan, size, device)
@@ -188,15 +187,15 @@ def _parts(result: Result, plan: dict[str, Any], device: str, size: str, n: int)
                 whole.pop(name, None)
                 result.notes.append(f"{name}, {size}, N = {n}: {first_line(error)}")
         for launch in ("included", "hidden") if device == "cuda" else ("included",):
-            timings = time_many(whole, launch=launch, **options)
-            for name in whole:
+            timings = timed_or_noted(result, whole, launch=launch, **options)
+            for name in timings:
                 row = {"part": "parts", "size": size, "name": name, **shape, "launch": launch}
                 result.rows.append(_timed(row | {"error": errors[name]}, timings[name]))
         if device == "cpu":
             return
         alone = {name: _attention(_half(name, device), x, shape["heads"]) for name in whole}
-        timings = time_many(alone, launch="hidden", **options)
-        for name in alone:
+        timings = timed_or_noted(result, alone, launch="hidden", **options)
+        for name in timings:
             row = {"part": "attention", "size": size, "name": name, **shape, "launch": "hidden"}
             result.rows.append(_timed(row, timings[name]))
 
@@ -226,8 +225,6 @@ def _training(result: Result, plan: dict[str, Any], device: str, n: int) -> None
     """Forward and backward of the report's layers, float32 and autocast, original and SDPA."""
     import torch
 
-    from labkit.timing import time_many
-
     shape = {**SIZES["report"], "seq_len": n}
     x = torch.randn(shape["batch"], n, shape["dim"], device=device)
     state = _weights(plan, "report", device).state_dict()
@@ -238,11 +235,11 @@ def _training(result: Result, plan: dict[str, Any], device: str, n: int) -> None
     ):  # fmt: skip
         model = network(shape, CONFIGS[backend], device, state).train()
         functions[name] = functools.partial(_step, model, x, autocast)
-    timings = time_many(
-        functions, device=device, launch="included", rep_ms=plan["rep_ms"], warmup_ms=10,
+    timings = timed_or_noted(
+        result, functions, device=device, launch="included", rep_ms=plan["rep_ms"], warmup_ms=10,
         min_samples=7, max_samples=_SAMPLES,
     )  # fmt: skip
-    for name in functions:
+    for name in timings:
         row = {"part": "training", "size": "report", "name": name, **shape, "launch": "included"}
         result.rows.append(_timed(row, timings[name]))
 
