@@ -131,6 +131,9 @@ def _hasten_interpreter() -> None:
     from triton import language as tl
     from triton.runtime import interpreter
 
+    used = ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "interpreter_builder")
+    if not all(hasattr(interpreter, name) for name in used):
+        return  # a Triton that we do not know: slower, and as right
     patch, builder = interpreter._patch_lang, interpreter.interpreter_builder
     modules = cache(lambda fn: [x for x in fn.__globals__.values() if x is tl or x is tl.core])
 
