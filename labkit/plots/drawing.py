@@ -68,7 +68,8 @@ def _png(fig: Figure) -> bytes:
     from PIL import Image
 
     raw = io.BytesIO()
-    fig.savefig(raw, format="png", dpi=CSS_DPI * DENSITY, metadata={"Software": None})
+    # not compressed: it is read again at once
+    fig.savefig(raw, format="png", dpi=CSS_DPI * DENSITY, pil_kwargs={"compress_level": 0})
     # 256 colours are plenty for lines and text, and make the notebooks a third of the size.
     image = Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     small = io.BytesIO()
