@@ -8,7 +8,8 @@ step costs as the chapters use.  The ledger page of the book is made from this f
 Nothing here is measured: where a verdict depends on a measurement, the chapter that it names
 shows the record.  Sizes are compared in binary units: the notes' "KB" are KiB.
 
-Imports: nsa.model, memory, roofline, hardware, closed_form, units, errors.  No torch.
+Imports: layers.budget, nsa.model, memory, roofline, hardware, closed_form, units, errors.  No
+torch.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fractions import Fraction
 from labkit.closed_form import Form, symbols
 from labkit.errors import check_choice
 from labkit.hardware import card
+from labkit.layers.budget import layer_budget
 from labkit.memory import (
     attention_forms,
     attention_memory,
@@ -299,6 +301,59 @@ _CLAIMS = (
         "08",
     ),
     Claim(
+        "C18",
+        "On an RTX 3060 a layer with flash attention takes 2.6 ms at N = 128, 256 and 512, and is "
+        "2.97, 4.44, 4.47, 2.70 and 2.91 times faster than the original from 128 to 2048: tensor "
+        "cores work best from 256 to 512.",
+        "refuted",
+        "The quotients are right and the reason is not. Sixteen times the scores in the same time "
+        "means that the GPU waits for its next kernel, on tensor cores or not; a CUDA graph of the "
+        "same kernels, which launches them at once, shows it.",
+        "10",
+        ("02",),
+    ),
+    Claim(
+        "C19",
+        "Training in float16 instead of float32 is 1.02, 0.86, 1.11 and 2.02 times as fast at "
+        "N = 128, 256, 512 and 1024, and saves 0, 0, 11 and 50 % of the memory.",
+        "depends: measured",
+        "Where launching is what takes the time, half precision has nothing to make faster, and "
+        "the casts of autocast are kernels to launch. How much memory it saves depends on which "
+        "half: pure float16 halves everything, autocast keeps float32 weights and adds copies.",
+        "10",
+    ),
+    Claim(
+        "C20",
+        "Use float32 up to N = 256 and float16 above; in the template, float16 above N = 512 and "
+        "only in training.",
+        "refuted",
+        "These are two rules, and they contradict each other from 257 to 512. Where half precision "
+        "begins to pay depends on the card, the size and the way to it: measure it there, and keep "
+        "it with its evidence.",
+        "10",
+    ),
+    Claim(
+        "C21",
+        "Speed-ups multiply: flash 2.7 times and float16 2.0 times make 5.4 times.",
+        "refuted",
+        "One factor is of a forward pass and the other of a training step. Even of the same call "
+        "they multiply only if half precision speeds up everything alike, with flash and without; "
+        "what it gains where S is written is not what it gains where S is not.",
+        "10",
+        ("08",),
+    ),
+    Claim(
+        "C22",
+        "At N = 2048 the original takes 750 MB as measured, flash 250 MB and flash in float16 "
+        "125 MB by estimate: a third and a sixth.",
+        "refuted",
+        "The first fits a training step at batch 2, by the model. The other two are no fixed "
+        "shares of it: without S and P what is left is linear in N, here a quarter of a step and "
+        "a fifth of a forward pass.",
+        "10",
+        ("01", "05"),
+    ),
+    Claim(
         "C23",
         "In 12 GB, the longest sequence is 2048 in float32, 4096 with flash attention and 8192 "
         "with float16 as well.",
@@ -306,6 +361,24 @@ _CLAIMS = (
         "It depends on batch, heads and what else is held, which the notes do not say; the "
         "memory model gives the length for any of them, and bisection under a limit confirms it.",
         "05",
+    ),
+    Claim(
+        "C24",
+        "At N = 1024 SDPA may change its kernel; torch.backends.cuda.sdp_kernel forces flash.",
+        "depends: measured",
+        "Which kernel runs depends on card, dtype, shape and mask, and the profiler tells. The "
+        "function is deprecated for torch.nn.attention.sdpa_kernel, forces nothing in float32, "
+        "which FlashAttention does not take, and leaves cuDNN allowed.",
+        "10",
+    ),
+    Claim(
+        "C25",
+        "The flash layer takes the place of the layer with a sparse (local window) pattern.",
+        "refuted",
+        "It is dense attention, which is another function. A sparse pattern given as a dense "
+        "mask costs what dense attention costs, or more; only blocks that are skipped save time "
+        "and bytes.",
+        "11",
     ),
     Claim(
         "C26",
@@ -433,6 +506,8 @@ _CHAPTERS = {
     "07": ("Can softmax be computed early?", "/notebooks/07_online_softmax"),
     "08": ("What does the kernel look like?", "/notebooks/08_flash_forward"),
     "09": ("To keep P or to compute it again?", "/notebooks/09_flash_backward"),
+    "10": ("Who decides, and how exact is it?", "/notebooks/10_precision_and_dispatch"),
+    "11": ("Why does a mask save nothing?", "/notebooks/11_masks_are_not_sparsity"),
     "12": ("How does NSA choose what to read?", "/notebooks/12_nsa_reference"),
     "13": ("When is sparse faster than dense?", "/notebooks/13_nsa_kernels"),
     "14": ("What did it look at?", "/notebooks/14_nsa_inside"),
@@ -811,6 +886,119 @@ C23_TABLE = {
 }
 
 
+#: N → original and flash in ms, their quotient as stated
+C18_TABLE = {
+    128: ("7.73", "2.60", "2.97"),
+    256: ("11.63", "2.62", "4.44"),
+    512: ("11.60", "2.59", "4.47"),
+    1024: ("16.23", "6.01", "2.70"),
+    2048: ("43.73", "15.04", "2.91"),
+}
+
+
+def _c18() -> Iterable[Comparison]:
+    """The quotients of its own figures; and its times against the work, from 128 to 512."""
+    rows = []
+    for n, (original, flash, said) in C18_TABLE.items():
+        # the times are rounded to 10 µs: a quotient agrees that some times within that have
+        low = (Fraction(original) - Fraction(1, 200)) / (Fraction(flash) + Fraction(1, 200))
+        high = (Fraction(original) + Fraction(1, 200)) / (Fraction(flash) - Fraction(1, 200))
+        text = f"{float(low):.2f} to {float(high):.2f} ×"
+        agrees = low - Fraction(1, 200) <= Fraction(said) <= high + Fraction(1, 200)
+        rows.append(Row(f"N = {n}", f"{said} ×", text, agrees))
+    note = "Computed: what times that round to those stated can give."
+    yield Comparison("C18", "original over flash, from the times as stated", tuple(rows), note)
+    rows = []
+    for name, place in (("original", 0), ("flash", 1)):
+        grown = float(C18_TABLE[512][place]) / float(C18_TABLE[128][place])
+        text = f"{significant(grown)} ×"
+        rows.append(Row(f"time, {name}", "16 ×", text, round(grown) == 16, expected=False))
+    note = "Claimed: what a time would grow by that follows the scores, from N = 128 to 512. "
+    note += "A time that stays is not that of the arithmetic, on whatever cores."
+    yield Comparison("C18", "growth of the time against growth of the scores", tuple(rows), note)
+
+
+#: N → a training step in float32 and float16 in ms, their quotient and the share of memory saved
+C19_TABLE = {
+    128: ("11.35", "11.18", "1.02", 0.0),
+    256: ("9.88", "11.54", "0.86", 0.0),
+    512: ("16.45", "14.86", "1.11", 0.11),
+    1024: ("41.66", "20.66", "2.02", 0.5),
+}
+
+
+def _c19() -> Iterable[Comparison]:
+    """The quotients, and the share of memory that autocast and pure float16 save by the model."""
+    rows = [
+        _number(f"N = {n}", said, float(full) / float(half), "×")
+        for n, (full, half, said, _) in C19_TABLE.items()
+    ]
+    yield Comparison("C19", "float32 over float16, from the times as stated", tuple(rows))
+    rows = []
+    sizes = {"dim": 256, "num_heads": 4, "num_layers": 2, "batch": 4}
+    how = {"backend": "sdpa", "training": True, "causal": False}
+    for precision, text in (("autocast_fp16", "autocast"), ("fp16", "pure float16")):
+        for n, (*_, said) in C19_TABLE.items():
+            full, half = (
+                layer_budget(**sizes, seq_len=n, precision=p, **how).total
+                for p in ("fp32", precision)
+            )
+            saved = 1 - half / full
+            label, agrees = f"{text}, N = {n}", abs(saved - said) <= 0.05
+            claimed = f"{100 * said:.0f} %"
+            rows.append(Row(label, claimed, f"{100 * saved:.0f} %", agrees, expected=False))
+    note = "Predicted for 2 layers of dim 256 with 4 heads, batch 4, AdamW, fused attention; the "
+    note += "notes do not say how float16 was switched on. Agreement means within five points."
+    yield Comparison("C19", "share of a training step’s memory that is saved", tuple(rows), note)
+
+
+def _c20() -> Iterable[Comparison]:
+    """What each of the two rules says of a length."""
+    rows = []
+    for n in (128, 256, 384, 512, 1024):
+        rule, template = ("float16" if n > limit else "float32" for limit in (256, 512))
+        rows.append(Row(f"N = {n}", rule, template, rule == template, n not in (384, 512)))
+    note = "Claimed: by the rule. Computed: by the class template, in training."
+    yield Comparison("C20", "two rules of one document", tuple(rows), note)
+
+
+def _c21() -> Iterable[Comparison]:
+    """The product, and what the same two factors make together by Amdahl's law."""
+    a, b = Fraction("2.7"), Fraction("2.0")
+    rows = [_number("2.7 × 2.0", "5.4", float(a * b), "×")]
+    rows.append(_number("float16 speeds everything up alike", "5.4", float(a * b), "×"))
+    for share in (Fraction(9, 10), Fraction(2, 3)):
+        rest = 1 - share
+        flash = 1 / a - rest  # what is left of attention, so that the whole is a times faster
+        factor = share / (1 / b - rest)  # of attention, so that the whole is b times faster
+        direct = float(1 / (flash / factor + rest))
+        name = {Fraction(9, 10): "nine tenths", Fraction(2, 3): "two thirds"}[share]
+        label = f"it speeds up attention alone, {name} of the time"
+        rows.append(_number(label, "5.4", direct, "×", expected=False))
+    note = "Flash speeds up attention alone; both factors are as stated."
+    yield Comparison("C21", "both together, by Amdahl’s law", tuple(rows), note)
+
+
+def _c22() -> Iterable[Comparison]:
+    """Bytes at the peak by the model, for the batches that the notes do not state."""
+    sizes = {"dim": 256, "num_heads": 4, "num_layers": 2, "seq_len": 2048, "causal": False}
+    configs = (("original", "naive", "fp32", 750), ("flash", "sdpa", "fp32", 250),
+               ("flash, float16", "sdpa", "fp16", 125))  # fmt: skip
+    for training, text in ((False, "a forward pass"), (True, "a training step")):
+        rows = []
+        for batch in (1, 2, 4):
+            for name, backend, precision, said in configs:
+                found = layer_budget(**sizes, batch=batch, backend=backend, precision=precision,
+                                     training=training).total  # fmt: skip
+                agrees = abs(found / (said * MIB) - 1) <= 0.1
+                row = Row(f"{name}, batch {batch}", f"≈ {said} MB", format_bytes(found), agrees,
+                          expected=(training, batch, name) == (True, 2, "original"))  # fmt: skip
+                rows.append(row)
+        note = "Predicted for 2 layers of dim 256 with 4 heads, with AdamW in training; the notes "
+        note += "name no batch. Agreement means within a tenth."
+        yield Comparison("C22", f"bytes at the peak of {text}, N = 2048", tuple(rows), note)
+
+
 def _c23() -> Iterable[Comparison]:
     """The longest sequence that one attention layer can train on in 12 GiB."""
     rows = []
@@ -834,6 +1022,24 @@ def _c23() -> Iterable[Comparison]:
 
 C26_CLAIMED = 17.2e9
 _C26_SIZES = {"seq_len": 2048, "count": 16, "block_size": 64, "heads": 32, "head_dim": 128}
+
+
+def _c25() -> Iterable[Comparison]:
+    """Scores of a causal window of 128 at N = 2048, and how many are computed for them."""
+    n, w = 2048, 128
+    seen = sum(min(i + 1, w) for i in range(n))
+    blocks = sum(min(i + 1, 2) for i in range(n // w)) * w * w
+    rows = [
+        Row(label, f"{seen:,}", f"{count:,}", seen == count, expected=False)
+        for label, count in (
+            ("dense attention in its place", n * (n + 1) // 2),
+            ("the window as a dense mask", n * n),
+            (f"the window in blocks of {w}", blocks),
+        )
+    ]
+    note = f"Claimed: the scores that a causal window of {w} keys has at N = {n}. Computed: those "
+    note += "that are used, or computed and thrown away. Only the first is another function."
+    yield Comparison("C25", "scores of a window, and of what takes its place", tuple(rows), note)
 
 
 def _c26() -> Iterable[Comparison]:
@@ -884,7 +1090,13 @@ _COMPUTE: dict[str, Callable[[], Iterable[Comparison]]] = {
     "C14": _c14,
     "C15": _c15,
     "C16": _c16,
+    "C18": _c18,
+    "C19": _c19,
+    "C20": _c20,
+    "C21": _c21,
+    "C22": _c22,
     "C23": _c23,
+    "C25": _c25,
     "C26": _c26,
     "C27": _c27,
 }

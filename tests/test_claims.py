@@ -14,8 +14,13 @@ from labkit.claims import CLAIMS, VERDICTS, as_markdown, claim, comparisons
 from labkit.errors import ArgumentError
 from labkit.units import GIB, KIB, MIB
 
-DONE = [f"C{n:02d}" for n in (*range(1, 18), 23, *range(26, 39))]
-MEASURED_ONLY = {"C17", "C28", *(f"C{n}" for n in range(29, 39))}  # nothing of it can be computed
+DONE = [f"C{n:02d}" for n in range(1, 39)]
+MEASURED_ONLY = {
+    "C17",
+    "C24",
+    "C28",
+    *(f"C{n}" for n in range(29, 39)),
+}  # nothing of it can be computed
 
 
 def cells(name, title=None):
@@ -28,14 +33,16 @@ def test_the_chapters_there_are_have_a_verdict_on_each_of_their_claims():
     assert list(CLAIMS) == DONE
     for item in CLAIMS.values():
         assert item.verdict in VERDICTS
-        assert item.chapter in {f"{n:02d}" for n in (*range(1, 10), *range(12, 16))}
+        assert item.chapter in {f"{n:02d}" for n in range(1, 16)}
         assert len(item.statement) > 30 and len(item.reason) > 30
         assert item.reason.endswith(".") and item.statement.endswith(".")
 
 
 def test_the_known_errors_are_refuted():
     refuted = {item.id for item in CLAIMS.values() if item.verdict == "refuted"}
-    assert refuted == {"C09", "C11", "C16", "C28", "C31", "C33", "C37"}
+    assert refuted == {
+        "C09", "C11", "C16", "C18", "C20", "C21", "C22", "C25", "C28", "C31", "C33", "C37",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [n for n in DONE if n not in {"C01", *MEASURED_ONLY}])
