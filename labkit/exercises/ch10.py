@@ -81,7 +81,7 @@ def next_scale(answer: Any) -> str:
     return "now and then it overflows on purpose: that is how it learns how far it may go."
 
 
-@exercise("Where launching stops to matter")
+@exercise("Where launching stops mattering")
 def ends_at(answer: Any) -> str:
     """Grade ``ends_at(kernels, launch_s, linear_s, square_s)``: k·t = aN + bN² solved for N."""
     for kernels, launch, linear, square in (
