@@ -1,6 +1,6 @@
 """One call for every implementation of attention, by name.
 
-What the measurements compare, and what a :class:`labkit.dispatch.Choice` runs.
+What the measurements compare, and what a :class:`labkit.dispatch.policy.Choice` runs.
 
 Taught in chapter 10 (fp32, fp16, which kernel, and who decides).
 """

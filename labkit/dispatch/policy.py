@@ -97,7 +97,7 @@ class Choice:
     def attention(self, q, k, v, **options: Any):
         """Compute attention in this way: q, k, v are cast, O is in their dtype.
 
-        ``options`` as for :func:`labkit.dispatch.attention`: ``is_causal``, ``scale``.
+        ``options`` as for :func:`labkit.dispatch.compute.attention`: ``is_causal``, ``scale``.
         """
         import torch
 

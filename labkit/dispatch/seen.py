@@ -1,7 +1,7 @@
 """Which backend did run: proof by profile.
 
-What :func:`labkit.dispatch.explain` says is what torch intends.  :func:`ran` watches a call with
-``torch.profiler`` and tells the backend from the operators that torch dispatched and from the
+What :func:`labkit.dispatch.sdpa.explain` says is what torch intends.  :func:`ran` watches a call
+with ``torch.profiler`` and tells the backend from the operators that torch dispatched and from the
 names of the kernels that the GPU executed.
 
 Taught in chapter 10 (fp32, fp16, which kernel, and who decides).

@@ -19,6 +19,10 @@ sdpa       a mask of Nq × Nk is read         FlexAttention
 nsa        none                              none: it chooses its blocks itself
 =========  ================================  ==================================================
 
+``tiled`` computes a window with an online softmax, in float32.  Other patterns it computes one row
+of tiles after another in the dtype of q, and autograd keeps the tiles that are seen: there S can
+overflow in float16.
+
 Taught in chapters 10 (fp32, fp16, which kernel, and who decides) and 11 (a mask saves nothing).
 """
 
@@ -148,7 +152,7 @@ def check_pattern(backend: str, pattern: Any, sparse: str | None) -> str | None:
 
     Parameters
     ----------
-    pattern : labkit.patterns.Pattern or None
+    pattern : labkit.patterns.definitions.Pattern or None
         None is dense attention.
     sparse : str or None
         ``"mask"`` or ``"blocks"``; None is what the backend has, a mask where it has both.
@@ -216,7 +220,7 @@ def attend(
         ``"naive"``, ``"tiled"``, ``"flash"`` or ``"sdpa"``.
     causal : bool
         query i sees key j when j ≤ i + Nk − Nq.
-    pattern : labkit.patterns.Pattern or str
+    pattern : labkit.patterns.definitions.Pattern or str
         which keys a query sees besides; None for all.
     sparse : str
         ``"mask"`` or ``"blocks"``; None for what the backend has.
@@ -234,7 +238,12 @@ def attend(
     ArgumentError
         for a backend or combination that does not exist or cannot run here.
     """
-    check_choice("backend", backend, [b for b in BACKENDS if b != "nsa"])
+    if backend == "nsa":
+        raise ArgumentError(
+            "backend", backend, "needs gates besides q, k and v.",
+            'Use AttentionLayer(…, backend="nsa"), or labkit.nsa.nsa_func.',
+        )  # fmt: skip
+    check_choice("backend", backend, BACKENDS)
     if isinstance(pattern, str):
         from labkit.patterns import pattern as of_name
 

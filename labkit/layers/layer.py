@@ -41,6 +41,8 @@ from labkit.nsa.semantics import FORCED, check_forced
 
 __all__ = ["AttentionLayer"]
 
+#: what weights and x may be
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: what the option ``nsa`` may hold, and what holds unless it does
 NSA_OPTIONS: dict[str, Any] = {
     "block_size": 64,
@@ -66,7 +68,7 @@ class AttentionLayer(nn.Module):
         KV heads, shared by query heads in groups; ``num_heads`` unless given.
     causal : bool
         a token sees itself and what came before.
-    pattern : labkit.patterns.Pattern or str
+    pattern : labkit.patterns.definitions.Pattern or str
         which keys a query sees besides; None for all.
     window : int
         short for ``pattern=labkit.patterns.Local(window)``.
@@ -139,8 +141,7 @@ class AttentionLayer(nn.Module):
                 "gate", gate, "has nothing to mix: dense attention is all there is.",
                 'Pass a pattern as well, or a window; backend "nsa" has gates of its own.',
             )  # fmt: skip
-        if dtype is not None and not dtype.is_floating_point:
-            raise ArgumentError("dtype", dtype, "is no float dtype.", "Pass torch.float32, ….")
+        _check_dtype(dtype)
 
         made = {"device": device, "dtype": dtype}
         kv_dim = self.num_kv_heads * self.head_dim
@@ -235,7 +236,7 @@ class AttentionLayer(nn.Module):
         """A new layer with a copy of these weights that computes attention by ``backend``.
 
         ``changes`` are other options to change, such as ``checkpoint=True``.  ``gates`` and
-        ``mixer`` that this layer lacks are new.
+        ``mixer`` that this layer lacks are new; what is frozen here is frozen there.
 
         Raises
         ------
@@ -248,6 +249,9 @@ class AttentionLayer(nn.Module):
             self.dim, self.num_heads, **options, device=like.device, dtype=like.dtype
         )
         layer.load_state_dict(self.state_dict())
+        learns = {name: p.requires_grad for name, p in self.named_parameters()}
+        for name, p in layer.named_parameters():
+            p.requires_grad_(learns.get(name, True))
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
@@ -266,7 +270,7 @@ class AttentionLayer(nn.Module):
     def _check(self, x: torch.Tensor) -> None:
         """Refuse what cannot be, before anything is launched."""
         if torch.compiler.is_compiling():
-            return  # a compiled layer has run uncompiled; what is left, the operators check
+            return  # not to be traced; torch checks shapes and dtypes, our operators what runs
         weight = self.q_proj.weight
         if not isinstance(x, torch.Tensor) or x.dim() != 3 or x.shape[-1] != self.dim:
             shape = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
@@ -286,10 +290,13 @@ class AttentionLayer(nn.Module):
             )  # fmt: skip
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind)
-        if not x.is_floating_point() or (x.dtype != weight.dtype and not autocast):
+        if x.dtype != weight.dtype and not (autocast and _mix(x.dtype, weight.dtype, kind)):
+            remedy = "Convert x or the layer with .to(dtype)"
+            if not autocast and _mix(x.dtype, weight.dtype, kind):
+                remedy += ", or run under torch.autocast"
             raise ArgumentError(
                 "x.dtype", _name(x.dtype), f"is not that of the weights, {_name(weight.dtype)}.",
-                "Convert x or the layer with .to(dtype), or run under torch.autocast.",
+                f"{remedy}.",
             )  # fmt: skip
         if not _is_plain(x):
             return  # fake and meta tensors are traced: nothing runs
@@ -348,6 +355,17 @@ def _check_heads(dim: Any, num_heads: Any, num_kv_heads: Any) -> tuple[int, int,
     return dim, num_heads, num_kv_heads
 
 
+def _check_dtype(dtype: Any) -> None:
+    if dtype in (None, *FLOATS):
+        return
+    why = "is no float dtype."
+    if not isinstance(dtype, torch.dtype):
+        why = f"is a {type(dtype).__name__}, not a torch.dtype."
+    elif dtype.is_floating_point:
+        why = "is for storage: no backend here computes in it."
+    raise ArgumentError("dtype", dtype, why, f"Pass {', '.join(map(str, FLOATS))}.")
+
+
 def _check_window(pattern: Any, window: Any) -> Any:
     """The pattern that ``pattern`` or ``window`` stands for, or None."""
     if pattern is None and window is None:
@@ -383,6 +401,11 @@ def _check_nsa(
         )  # fmt: skip
     from labkit.nsa import checks
 
+    if nsa is not None and not isinstance(nsa, dict):
+        raise ArgumentError(
+            "nsa", nsa, f"is a {type(nsa).__name__}, not a dict.",
+            f"Pass a dict of options, of {', '.join(NSA_OPTIONS)}.",
+        )  # fmt: skip
     for name in nsa or {}:
         check_choice("nsa", name, NSA_OPTIONS)
     o = {**NSA_OPTIONS, **(nsa or {})}
@@ -390,6 +413,7 @@ def _check_nsa(
     o["block_counts"] = check_positive_int("block_counts", o["block_counts"])
     o["window_size"] = checks.check_window(o["window_size"])
     check_choice("implementation", o["implementation"], ("kernels", "reference"))
+    o["block_size"] = check_positive_int("block_size", o["block_size"])
     if o["implementation"] == "kernels":
         o["block_size"] = checks.check_block_size(o["block_size"])
         if num_heads // num_kv_heads > 64:
@@ -411,6 +435,16 @@ def _fit_optional(layer, state_dict, prefix, *unused) -> None:
                 del state_dict[key]
         elif not given:
             state_dict.update({start + key: x for key, x in own.state_dict().items()})
+
+
+def _mix(x: torch.dtype, weight: torch.dtype, kind: str) -> bool:
+    """Whether autocast takes x and the weights together, which differ.
+
+    It leaves float64 as it is, and a CPU's LayerNorm has no float32 x on half-precision weights.
+    """
+    if torch.float64 in (x, weight) or x not in FLOATS:
+        return False
+    return weight == torch.float32 or kind != "cpu"
 
 
 def _is_plain(x: torch.Tensor) -> bool:

@@ -8,19 +8,20 @@ Taught in chapter 10 (fp32, fp16, which kernel, and who decides).
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 
 from labkit.errors import check_positive_int
-from labkit.layers.layer import AttentionLayer, changed
+from labkit.layers.layer import AttentionLayer
 
 __all__ = ["TransformerModel"]
 
 
 class TransformerModel(nn.Module):
-    """``num_layers`` times :class:`AttentionLayer`, then a LayerNorm: ``[B, N, dim]`` likewise.
+    """``num_layers`` times ``AttentionLayer``, then a LayerNorm: ``[B, N, dim]`` likewise.
 
     Parameters
     ----------
@@ -75,12 +76,10 @@ class TransformerModel(nn.Module):
         return self.layers[0].backend
 
     def to_backend(self, backend: str, **changes: Any) -> TransformerModel:
-        """A new model with a copy of these weights; see :meth:`AttentionLayer.to_backend`."""
-        first = self.layers[0]
-        like = self.norm.weight
-        model = TransformerModel(
-            first.dim, first.num_heads, len(self.layers),
-            **changed(first.options, backend, changes), device=like.device, dtype=like.dtype,
-        )  # fmt: skip
-        model.load_state_dict(self.state_dict())
-        return model.train(self.training)
+        """A new model with a copy of these weights; see ``AttentionLayer.to_backend``."""
+        # One by one: somebody may have given the layers different patterns.
+        layers = [layer.to_backend(backend, **changes) for layer in self.layers]
+        model = TransformerModel(self.dim, layers[0].num_heads, 1, backend="sdpa", device="meta")
+        model.layers, model.norm = nn.ModuleList(layers), deepcopy(self.norm)
+        model.training = self.training
+        return model

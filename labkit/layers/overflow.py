@@ -95,7 +95,7 @@ def find_overflow(
 ) -> Overflow | None:
     """Run ``model(x)``, its loss and its backward pass again, and find where numbers end.
 
-    Call it under the autocast that the step ran under.  The gradients of the parameters are as
+    Call it under the autocast that the step ran under.  Afterwards gradients and buffers are as
     they were before, and so is the model.
 
     Parameters
@@ -104,7 +104,7 @@ def find_overflow(
         any; the names of its parts are used for naming.
     x : torch.Tensor
         its input.
-    loss : callable
+    loss : collections.abc.Callable
         output → a scalar; None looks at the forward pass only.
     scale : float
         what the loss is multiplied by before the backward pass.
@@ -120,7 +120,7 @@ def find_overflow(
     for name, p in model.named_parameters():
         if (holds := _holds(p)) is not None:
             return Overflow("weights", name, dtype=_name(p.dtype), holds=holds)
-    with _gradients_kept(model):
+    with _state_kept(model):
         try:
             return _watched(model, x, loss, scale)
         except (NotImplementedError, RuntimeError):
@@ -202,6 +202,8 @@ def _watched(model, x, loss, scale) -> Overflow | None:
             return Overflow(where, what, op, _name(tensor.dtype), holds, largest)
         if value is None:
             return None
+        if (holds := _holds(value)) is not None:  # it was given one: a target, a weight of a class
+            return _of_loss(value, holds)
         (value * scale).backward()
     bad = _bad_gradients(model)
     if not bad:
@@ -234,10 +236,14 @@ def _unwatched(model, x, loss, scale) -> Overflow | None:
         return first[0] if first else None
     value = loss(out)
     if (holds := _holds(value)) is not None:
-        return Overflow("loss", "the loss", "", _name(value.dtype), holds.removeprefix("-"))
+        return _of_loss(value, holds)
     (value * scale).backward()
     bad = _bad_gradients(model)
     return _of_gradients(model, bad) if bad else None
+
+
+def _of_loss(value: torch.Tensor, holds: str) -> Overflow:
+    return Overflow("loss", "the loss", "", _name(value.dtype), holds.removeprefix("-"))
 
 
 def _of_gradients(model: nn.Module, bad: list[str]) -> Overflow:
@@ -323,9 +329,10 @@ def _bad_gradients(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def _gradients_kept(model: nn.Module) -> Iterator[None]:
-    """Gradients made inside are dropped, those from before are there again."""
+def _state_kept(model: nn.Module) -> Iterator[None]:
+    """Gradients made inside are dropped; those from before, and buffers, are there again."""
     before = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b.clone()) for b in model.buffers()]  # such as the running means of BatchNorm
     for p, _ in before:
         p.grad = None
     try:
@@ -333,6 +340,9 @@ def _gradients_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for p, grad in before:
             p.grad = grad
+        with torch.no_grad():
+            for buffer, was in buffers:
+                buffer.copy_(was)
 
 
 def _name(dtype: torch.dtype) -> str:

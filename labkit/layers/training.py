@@ -91,7 +91,7 @@ class TrainingStep:
         ``"bf16"`` convert its weights, in place.
     precision : str
         one of :data:`PRECISIONS`.
-    optimizer : str or callable
+    optimizer : str or collections.abc.Callable
         ``"adamw"`` or ``"sgd"``, fused on a GPU: no temporary tensors, and the GradScaler need
         not wait for the device.  Or a function from the parameters to an optimiser.
     lr : float
@@ -99,7 +99,7 @@ class TrainingStep:
     loss_scale : float
         ``"autocast_fp16"``: where the GradScaler starts, 65536 unless given.  ``"fp16"``: a
         constant, 1 unless given.
-    loss : callable
+    loss : collections.abc.Callable
         (output, target) → scalar; mean squared error in float32 unless given.
     eps : float
         ε of Adam; 1e-8 unless given, and 1e-4 for ``"fp16"``, where 1e-8 is 0.
@@ -134,6 +134,10 @@ class TrainingStep:
         eps: float | None = None,
         on_overflow: str = "raise",
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(
+                "model", type(model).__name__, "is no torch.nn.Module.", "Pass one."
+            )  # fmt: skip
         self.precision = check_choice("precision", precision, PRECISIONS)
         self.on_overflow = check_choice("on_overflow", on_overflow, ("raise", "skip"))
         self.dtype, self.autocast_dtype = PRECISIONS[precision]
@@ -161,8 +165,8 @@ class TrainingStep:
     # -- the parts, as they are timed and weighed --------------------------------------------------
 
     def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The loss, not scaled.  For pure half precision, x is converted if it is not yet."""
-        x = x if self.autocast_dtype or x.dtype == self.dtype else x.to(self.dtype)
+        """The loss, not scaled.  Without autocast, an x of floats is converted if it is not yet."""
+        x = self._converted(x)
         with self.arithmetic(), self.autocast():
             return self.loss(self.model(x), target)
 
@@ -286,7 +290,12 @@ class TrainingStep:
 
     def _make_optimizer(self, optimizer, lr: float, eps: float | None) -> torch.optim.Optimizer:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if not isinstance(optimizer, str):
+        if not parameters:
+            raise ArgumentError(
+                "model", type(self.model).__name__, "has no parameter that asks for a gradient.",
+                "Switch some on with .requires_grad_().",
+            )  # fmt: skip
+        if callable(optimizer):
             return optimizer(parameters)
         check_choice("optimizer", optimizer, ("adamw", "sgd"))
         lr = check_positive_number("lr", lr)
@@ -294,7 +303,7 @@ class TrainingStep:
         if optimizer == "sgd":
             # On a CPU the fused one leaves half precision weights as they are (torch 2.13).
             return torch.optim.SGD(parameters, lr=lr, fused=cuda)
-        eps = _EPS.get(self.precision, 1e-8) if eps is None else eps
+        eps = _EPS.get(self.precision, 1e-8) if eps is None else check_positive_number("eps", eps)
         return torch.optim.AdamW(
             parameters, lr=lr, eps=eps, fused=cuda or self.device.type == "cpu"
         )
@@ -322,12 +331,35 @@ class TrainingStep:
             self.optimizer.step()
 
     def _name(self, x: torch.Tensor, target: torch.Tensor, scale: float) -> Overflow:
-        x = x if self.autocast_dtype or x.dtype == self.dtype else x.to(self.dtype)
+        found = self._of_data(x, target)
+        if found is not None:
+            return replace(found, remedies=remedies(found, self.precision, scale))
+        x = self._converted(x)
         with self.arithmetic(), self.autocast():
             found = find_overflow(self.model, x, lambda out: self.loss(out, target), scale=scale)
         if found is None:  # the pass that looked was finite: nothing to name but the sum
             found = Overflow("backward", "the sum of squared gradients", "", "float32")
         return replace(found, remedies=remedies(found, self.precision, scale))
+
+    def _converted(self, x: torch.Tensor) -> torch.Tensor:
+        """x in the dtype of the weights; numbers of tokens stay what they are."""
+        if self.autocast_dtype is not None or not x.is_floating_point():
+            return x
+        return x.to(self.dtype)
+
+    def _of_data(self, x: torch.Tensor, target: torch.Tensor) -> Overflow | None:
+        """What was no number before the model saw it."""
+        for what, given in (("x", x), ("target", target)):
+            if isinstance(given, torch.Tensor) and not torch.isfinite(given).all():
+                holds = "nan" if given.isnan().any() else "inf"
+                dtype = str(given.dtype).removeprefix("torch.")
+                return Overflow("input", f"the {'input x' if what == 'x' else what}", "", dtype,
+                                holds)  # fmt: skip
+        if torch.isfinite(self._converted(x)).all():
+            return None
+        dtype = str(self.dtype).removeprefix("torch.")
+        return Overflow("input", f"the input x in {dtype}", "to", dtype, "inf",
+                        x.detach().abs().max().item())  # fmt: skip
 
     def _after_update(self, result: StepResult) -> StepResult:
         """Whether the weights are still numbers; float16 is where they may not be."""
@@ -348,11 +380,13 @@ class TrainingStep:
 
 def remedies(overflow: Overflow, precision: str, scale: float) -> tuple[str, ...]:
     """What would do against an overflow, each a sentence."""
-    if overflow.where == "input":
-        return ("Look at the data: the model was given it so.",)
     half = overflow.dtype == "float16"
     wider = f"{'autocast_bf16' if 'autocast' in precision else 'bf16'}"
     bf16 = f'precision="{wider}" reaches as far as float32, with 8 bits where float16 has 11.'
+    if overflow.where == "input":
+        if overflow.operation:  # it was finite before it was converted
+            return ("Scale the data down.", bf16)
+        return ("Look at the data: the step was given it so.",)
     if overflow.where == "weights":
         if not half:
             return ("Lower the learning rate.",)
