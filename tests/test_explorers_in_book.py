@@ -79,6 +79,18 @@ def html() -> Path:
     return ROOT / "_build/html/notebooks"
 
 
+def assert_fits_a_phone(page) -> None:
+    """Nothing sticks out of the page, and each explorer in it can be read."""
+    page.set_viewport_size({"width": 375, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    sizes = page.evaluate(
+        """() => [...document.querySelectorAll(".lkx-svg text")].filter(t => t.checkVisibility())
+          .map(t => t.ownerSVGElement.getScreenCTM().a * parseFloat(getComputedStyle(t).fontSize))
+        """
+    )
+    assert len(sizes) > 5 and min(sizes) >= 11
+
+
 @pytest.mark.parametrize("notebook, source, key", CASES)
 def test_stored_explorer_is_the_one_that_labkit_makes_today(notebook, source, key):
     assert built(source).key == key, "run `make execute`: the stored output is stale"
@@ -95,7 +107,7 @@ def test_chapter_holds_its_explorer(number):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("notebook, source, key, theme", THEMED)
-def test_explorer_in_its_page_moves_by_keyboard_and_mouse(
+def test_explorer_in_its_page_moves_by_keyboard_and_mouse_and_fits_a_phone(
     notebook, source, key, theme, html, open_page
 ):
     figure = built(source)
@@ -138,6 +150,7 @@ def test_explorer_in_its_page_moves_by_keyboard_and_mouse(
                   numbers(ground)]; }"""
     )
     assert contrast(ink, ground) >= 7
+    assert_fits_a_phone(page)
 
 
 @pytest.mark.browser
@@ -161,13 +174,12 @@ def test_explorer_of_lists_moves_in_its_page_by_keyboard(notebook, source, key, 
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("notebook, source, key", STEPPED)
-def test_stepper_in_its_page_steps_by_keyboard_and_mouse(
-    notebook, source, key, theme, html, open_page
+def test_stepper_in_its_page_steps_by_keyboard_and_mouse_and_fits_a_phone(
+    notebook, source, key, html, open_page
 ):
     figure = built(source)
-    page = open_page(viewport={"width": 1280, "height": 900}, color_scheme=theme)
+    page = open_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
     page.goto((html / f"{notebook}.html").as_uri())
     root = page.locator(f'.lkx[data-lkx="{key}"]')
     nth = page.evaluate(
@@ -180,23 +192,11 @@ def test_stepper_in_its_page_steps_by_keyboard_and_mouse(
     assert_steps(page, figure, nth, step=figure.steps())
     page.keyboard.press("ArrowLeft")
     assert_steps(page, figure, nth, step=figure.steps() - 1)
+    page.emulate_media(color_scheme="dark")  # the rest in the other theme
     root.get_by_role("button", name="Back").click()
     assert_steps(page, figure, nth, step=figure.steps() - 2)
     root.locator('[data-control="causal"] input').click()
     assert_steps(page, figure, nth, step=figure.steps() - 2, causal=True)
     root.locator(".lkx-reset").click()
     assert_steps(page, figure, nth)
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("notebook", sorted({case[0] for case in stored()}))
-def test_explorers_fit_a_phone_in_their_page(notebook, html, open_page):
-    page = open_page(viewport={"width": 375, "height": 800})
-    page.goto((html / f"{notebook}.html").as_uri())
-    assert page.evaluate("document.documentElement.scrollWidth") <= 375
-    sizes = page.evaluate(
-        """() => [...document.querySelectorAll(".lkx-svg text")].filter(t => t.checkVisibility())
-          .map(t => t.ownerSVGElement.getScreenCTM().a * parseFloat(getComputedStyle(t).fontSize))
-        """
-    )
-    assert len(sizes) > 5 and min(sizes) >= 11
+    assert_fits_a_phone(page)
