@@ -319,7 +319,8 @@ _CLAIMS = (
         "depends: measured",
         "Where launching is what takes the time, half precision has nothing to make faster, and "
         "the casts of autocast are kernels to launch. How much memory it saves depends on which "
-        "half: pure float16 halves everything, autocast keeps float32 weights and adds copies.",
+        "half: by the model pure float16 saves two fifths of a step with a fused kernel; autocast, "
+        "which keeps float32 weights and adds copies, less than a quarter.",
         "10",
     ),
     Claim(
