@@ -5,10 +5,6 @@ Shared by ``test_flash_hopper.py`` and ``test_nsa_hopper*.py``.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import torch
 import triton
 
@@ -50,16 +46,3 @@ def check_unreadable(why, q: torch.Tensor, k: torch.Tensor) -> None:
     assert "16 bytes" in why(q[:1].expand(2, -1, -1, -1))
     far = torch.as_strided(q.to("meta"), q.shape, (2**39, *q.stride()[1:]))  # a stride of 2⁴⁰ bytes
     assert "16 bytes" in why(far)
-
-
-def said_without_gluon(module: str, call: str, env: dict[str, str]) -> str:
-    """What ``call`` of a labkit module (as ``m``) gives in a Triton that has no Gluon."""
-    code = (
-        "import sys; sys.modules['triton.experimental.gluon'] = None\n"
-        f"import {module} as m\nprint({call})"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=os.getcwd(),
-        timeout=120, check=True,
-    )  # fmt: skip
-    return done.stdout

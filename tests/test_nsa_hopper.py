@@ -20,7 +20,6 @@ from hopper_reasons import (
     check_off_hopper,
     check_unreadable,
     pretend,
-    said_without_gluon,
 )
 
 from labkit.nsa import hopper
@@ -149,12 +148,3 @@ def test_a_tile_has_a_bit_for_each_of_its_queries():
             config = hopper.config_for(q, q[:, :, :1], CALL)
             assert hopper.tile_of(group, config) * group == config.block_m
             assert hopper.tile_of(group, config) <= 32
-
-
-def test_without_gluon_the_module_still_says_so(clean_env):
-    """An older Triton: the import of Gluon fails, the import of the module does not."""
-    nothing = "(None, None, None, None)"
-    said = said_without_gluon(
-        "labkit.nsa.hopper", f"m.why_not{nothing}, m.supports{nothing}", clean_env
-    )
-    assert "no Gluon" in said and "False" in said

@@ -20,7 +20,6 @@ from hopper_reasons import (
     check_off_hopper,
     check_unreadable,
     pretend,
-    said_without_gluon,
 )
 from nsa_cases import Case, call_of, check_backward, choose, make, truth
 
@@ -252,15 +251,6 @@ def test_reasons_name_what_is_wrong_with_the_tensors(monkeypatch):
         assert why(good[:, :, :1].repeat(1, 1, group, 1), good[:, :, :1]) is None
     long = torch.zeros(1, 1, 1, 64, dtype=torch.float16).expand(1, 2**24, 1, 64)
     assert "float32 counts" in why(good[:1, :, :16], long)
-
-
-def test_without_gluon_the_module_still_says_so(clean_env):
-    """An older Triton: the import of Gluon fails, the import of the module does not."""
-    nothing = "(None, None, None, None)"
-    said = said_without_gluon(
-        "labkit.nsa.hopper_backward", f"m.why_not{nothing}, m.supports{nothing}", clean_env
-    )
-    assert "no Gluon" in said and "False" in said
 
 
 # -- on a card -------------------------------------------------------------------------------------

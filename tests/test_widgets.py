@@ -152,7 +152,7 @@ def test_controls_are_offered_only_where_a_kernel_is_alive(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_stored_notebook_keeps_the_figure_and_passes_nbval(tmp_path, monkeypatch):
+def test_a_stored_notebook_keeps_the_figure(tmp_path, monkeypatch):
     pytest.importorskip("nbconvert")  # tools/execute.py needs it; a GPU box may lack it
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import execute
@@ -174,9 +174,12 @@ def test_a_stored_notebook_keeps_the_figure_and_passes_nbval(tmp_path, monkeypat
     # the link to a widget that died with its kernel would show an error in the page
     assert set(output.data) == {"text/html", "image/png", "text/plain"}
     assert "widgets" not in stored.metadata
-    checked = subprocess.run(
-        [sys.executable, "-m", "pytest", "--nbval", "-q", "-p", "no:cacheprovider", "-p",
-         "no:xdist", "-c", "/dev/null", "--rootdir", str(tmp_path), str(path)],
-        capture_output=True, text=True, cwd=tmp_path, check=False,
-    )  # fmt: skip
-    assert checked.returncode == 0, checked.stdout[-3000:]
+
+
+def test_a_chapter_holds_the_figure_and_nbval_compares_it():
+    """``make test`` runs chapter 01 against it: a live figure passes for a stored one."""
+    path = next((ROOT / "notebooks").glob("01_*.ipynb"))
+    cells = nbformat.read(path, as_version=4).cells
+    (cell,) = [c for c in cells if c.cell_type == "code" and "attention_lab" in c.source]
+    assert not any("nbval" in tag for tag in cell.metadata.get("tags", []))
+    assert [set(o.data) for o in cell.outputs] == [{"text/html", "image/png", "text/plain"}]
