@@ -53,6 +53,44 @@ def test_the_bare_import_loads_neither_torch_nor_triton():
 # -- explain, on a CPU -----------------------------------------------------------------------------
 
 
+def refused():
+    q = torch.randn(1, 4, 8, 16)
+    bad = {
+        "heads of v": (q, q, q[:, :2], {}),
+        "heads not divided": (q, q[:, :3], q[:, :3], {"enable_gqa": True}),
+        "head_dim of k": (q, q[..., :8], q, {}),
+        "as many values as keys": (q, q, q[:, :, :7], {}),
+        "batch": (q.expand(2, 4, 8, 16), q.expand(3, 4, 8, 16), q.expand(3, 4, 8, 16), {}),
+        "integers": (*[q.int()] * 3, {}),
+        "mask of integers": (q, q, q, {"attn_mask": torch.ones(8, 8, dtype=torch.int32)}),
+        "mask of another dtype": (q, q, q, {"attn_mask": torch.zeros(8, 8).half()}),
+        "mask's shape": (q, q, q, {"attn_mask": torch.zeros(8, 9)}),
+        "mask of one dimension": (q, q, q, {"attn_mask": torch.zeros(8)}),
+        "device": (*[q.to("meta")] * 3, {}),
+    }
+    return [pytest.param(*case, id=name) for name, case in bad.items()]
+
+
+@pytest.mark.parametrize(("q", "k", "v", "options"), refused())
+def test_what_the_call_would_refuse_is_refused_before_torch_chooses(q, k, v, options):
+    with pytest.raises(ArgumentError):
+        explain(q, k, v, **options)
+
+
+def test_heads_that_broadcast_need_no_grouping():
+    q, k, v = torch.randn(1, 1, 8, 16), *draw(1, 4, 8, 16, n=2)
+    assert sdpa(q, k, v).shape == (1, 4, 8, 16)
+    assert explain(q, k, v).would_run == ran(sdpa, q, k, v).backend == "math"
+
+
+def test_a_classifier_with_a_softmax_is_no_attention():
+    layers = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 4, bias=False))
+    x = torch.randn(2, 8, 16)
+    assert ran(lambda: layers(x).softmax(-1)).backend is None
+    head = torch.randn(8, 16)
+    assert ran(lambda: (head @ head.T).softmax(-1) @ head).backend == "unfused"
+
+
 def cases():
     q, k, v = draw(2, 4, 8, 16)
     yield "plain", (q, k, v), {}, "flash_cpu", ""

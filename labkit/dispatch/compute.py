@@ -99,7 +99,10 @@ def can_run(
         for an unknown backend, or inputs that no attention takes.
     """
     check_choice("backend", backend, BACKENDS)
-    if is_causal and q.shape[-2] != k.shape[-2]:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise ArgumentError(name, type(x).__name__, "is not a torch tensor.", "Pass a tensor.")
+    if is_causal and min(q.dim(), k.dim()) > 1 and q.shape[-2] != k.shape[-2]:
         return "takes is_causal only with as many keys as queries here"
     if tf32 and (q.dtype != torch.float32 or q.device.type != "cuda"):
         return "multiplies in TF32 only float32 on a GPU"

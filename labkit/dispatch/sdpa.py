@@ -260,16 +260,51 @@ class _Call:
                 "is_causal", True, "cannot go with an attn_mask: torch takes one of the two.",
                 "Put the causal mask into attn_mask.",
             )  # fmt: skip
+        if self.attn_mask is not None and self.attn_mask.dim() < 2:
+            raise ArgumentError(
+                "attn_mask.shape", tuple(self.attn_mask.shape), "has less than 2 dimensions.",
+                "Use [Nq, Nk], or [1, Nk] for the same keys in every row.",
+            )  # fmt: skip
         if not 0 <= self.dropout_p <= 1:
             raise ArgumentError(
                 "dropout_p", self.dropout_p, "is not a probability.", "Pass 0 to 1."
             )
+        if self.q.device.type not in ("cuda", "cpu"):
+            raise ArgumentError(
+                "q.device", str(self.q.device), "is neither a GPU nor a CPU.",
+                "Ask about tensors on one of the two.",
+            )  # fmt: skip
         heads, kv_heads = (x.shape[-3] if x.dim() > 2 else 1 for x in (self.q, self.k))
-        if heads != kv_heads and kv_heads != 1 and not self.enable_gqa:
+        if 1 not in (heads, kv_heads) and heads != kv_heads and not self.enable_gqa:
             raise ArgumentError(
                 "enable_gqa", False, f"does not go with {heads} query heads and {kv_heads} KV "
                 "heads.", "Pass enable_gqa=True.",
             )  # fmt: skip
+        self._try()
+
+    def _try(self) -> None:
+        """Make the call on tensors without data: torch's choice of a backend checks less than
+        the call does, and math takes whatever one of the others takes."""
+        if any(x.is_nested for x in (self.q, self.k, self.v)):
+            return
+
+        def bare(x):
+            return None if x is None else torch.empty(x.shape, dtype=x.dtype, device="meta")
+
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            try:
+                torch.nn.functional.scaled_dot_product_attention(
+                    bare(self.q), bare(self.k), bare(self.v), bare(self.attn_mask),
+                    dropout_p=self.dropout_p, is_causal=self.is_causal, scale=self.scale,
+                    enable_gqa=self.enable_gqa,
+                )  # fmt: skip
+            except (RuntimeError, IndexError) as error:
+                said = str(error).strip().splitlines()[0].rstrip(". ")
+                raise ArgumentError(
+                    "inputs", self.words(), f"do not go together. torch: {said}.",
+                    "Use q [batch, heads, Nq, head_dim], k and v [batch, KV heads, Nk, …], and an "
+                    "attn_mask, bool or of q's dtype, that broadcasts to [batch, heads, Nq, Nk].",
+                ) from None  # fmt: skip
 
     def ask(self) -> int:
         """torch's own choice, as the index of a backend; raises RuntimeError if there is none."""
@@ -475,7 +510,8 @@ _SHORT: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r"to have the same num_heads", "takes as many KV heads as query heads"),
     (r"grouped query attention", "needs the KV heads to divide the query heads"),
     (r"to have the same batch_size", "takes one batch size for q, k and v"),
-    (r"to be 4 dimensional, but got Query dim: (\d+)", lambda m: f"takes 4 dimensions, not {m[1]}"),
+    (r"to be 4 dimensional, but got Query dim: (\d+), Key dim: (\d+), Value dim: (\d+)",
+     lambda m: f"takes 4 dimensions, not {' and '.join(dict.fromkeys(m.groups()))}"),
     (r"zero seq_len", "takes no empty sequence"),
     (r"key/value sequence length 1", "takes no single key"),
     (r"query sequence length 1", "takes no single query with dropout"),

@@ -40,7 +40,7 @@ _KERNELS = (
     (r"^(forward|one_pass|dkdv|dq|merge)_kernel$", "ours"),
     (r"flex_attention|flex_decoding", "flex"),
 )
-_PRODUCT = r"aten::(bmm|matmul|baddbmm|mm|addmm)$"
+_PRODUCT = r"aten::(bmm|baddbmm|mm)$"
 
 
 @dataclass(frozen=True)
@@ -149,16 +149,17 @@ def _backend(name: str, known: Iterable[tuple[str, str]]) -> str | None:
     return next((backend for pattern, backend in known if re.search(pattern, name)), None)
 
 
-def _backends(operators: Iterable[str], kernels: Iterable[str]) -> tuple[str, ...]:
+def _backends(operators: Counter, kernels: Iterable[str]) -> tuple[str, ...]:
     """The backends in order of appearance: by operator, then what only kernels tell."""
     found = dict.fromkeys(b for name in operators if (b := _backend(name, _OPERATORS)))
     for name in kernels:
         if backend := _backend(name, _KERNELS):
             found[backend] = None
-    if not found:
-        names = list(operators)
-        softmax = any(re.search(r"aten::_?softmax$", name) for name in names)
-        if softmax and any(re.search(_PRODUCT, name) for name in names):
+    if not found and any(re.search(r"aten::_?softmax$", name) for name in operators):
+        # QKᵀ and PV: two products of which no linear layer is one (a classifier has a softmax too)
+        products = sum(n for name, n in operators.items() if re.search(_PRODUCT, name))
+        layers = operators["aten::linear"] - operators["aten::addmm"]
+        if products - max(0, layers) >= 2:
             return ("unfused",)
     return tuple(found)
 
