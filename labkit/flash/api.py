@@ -13,7 +13,6 @@ import torch
 
 from labkit.errors import ArgumentError, check_choice, check_positive_int
 from labkit.flash import launch, ops
-from labkit.kernels.runtime import check_can_launch
 from labkit.shapes import check_qkv, check_scale
 
 __all__ = ["flash_attention", "flash_attention_varlen"]
@@ -252,12 +251,7 @@ def _check_widths(head_dim: int, head_dim_v: int) -> None:
 def _check_runs(q, k, v) -> None:
     if not ops.nobody_listens(q, k, v):
         return  # nothing is launched on fake or meta tensors; a launch checks real ones
-    how = check_can_launch("flash_attention", q, k, v)
-    if how == "interpreter" and q.dtype == torch.bfloat16:
-        raise ArgumentError(
-            "q.dtype", "bfloat16", "is multiplied as raw bits by Triton's interpreter.",
-            "Use float16 or float32 on the CPU.",
-        )  # fmt: skip
+    launch.check_runs(q, k, v)
 
 
 def _check_offsets(name: str, cu, x: torch.Tensor, of: str) -> tuple[torch.Tensor, int]:

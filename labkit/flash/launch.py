@@ -25,6 +25,7 @@ import torch
 import triton
 from triton.compiler import CompiledKernel
 
+from labkit.errors import ArgumentError
 from labkit.flash import tuning
 from labkit.flash.backward import delta_kernel, dkdv_kernel, dq_kernel
 from labkit.flash.forward import forward_kernel, merge_kernel
@@ -322,6 +323,16 @@ def _road_constants(call: Call, c: Config, *tensors) -> dict:
 # -- forward ---------------------------------------------------------------------------------------
 
 
+def check_runs(q: torch.Tensor, *others: torch.Tensor) -> None:
+    """Refuse tensors that no kernel can run on here: the last check, compiled calls' only one."""
+    how = check_can_launch("flash_attention", q, *others)
+    if how == "interpreter" and q.dtype == torch.bfloat16:
+        raise ArgumentError(
+            "q.dtype", "bfloat16", "is multiplied as raw bits by Triton's interpreter.",
+            "Use float16 or float32 on the CPU.",
+        )  # fmt: skip
+
+
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -343,7 +354,7 @@ def forward(
         if call.max_q == 0:
             return o, lse
         if plan is None:
-            check_can_launch("flash_attention", q, k, v)
+            check_runs(q, k, v)
             plan = _plan_forward(q, k, v, o, lse, call, config, splits)
             _remember(key, plan)
         else:
@@ -501,7 +512,7 @@ def backward(
         delta = torch.empty_like(lse)
         tensors = (dout, dlse, q, k, v, o, lse, delta, *grads)
         if plan is None:
-            check_can_launch("flash_attention", q, k, v, dout)
+            check_runs(q, k, v, dout)
             plan = _Backward(*tensors, call, dkdv_config, dq_config)
             _remember(key, plan)
         else:
