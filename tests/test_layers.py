@@ -348,6 +348,37 @@ def test_to_backend_copies_weights_and_keeps_options():
     assert nsa.layers[0].to_backend("nsa").nsa["implementation"] == "reference"
 
 
+def test_to_backend_keeps_what_each_layer_is_and_what_is_frozen():
+    model = TransformerModel(DIM, HEADS, 2, backend="sdpa", dtype=torch.float64)
+    model.layers[1] = model.layers[1].to_backend("sdpa", window=4)
+    model.layers[0].requires_grad_(False)
+    model.norm.bias.requires_grad_(False)
+    other = model.to_backend("naive")
+    assert [layer.pattern for layer in other.layers] == [None, Local(4)]
+    x = torch.randn(1, 17, DIM, dtype=torch.float64)
+    torch.testing.assert_close(other(x), model(x))
+    learns = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (model, other)]
+    assert learns[0] == learns[1]
+    gated = model.layers[0].to_backend("sdpa", window=4, gate=True)
+    assert gated.mixer.weight.requires_grad and not gated.q_proj.weight.requires_grad
+
+
+def test_copies_and_pickles_compute_the_same_and_load_every_state_dict():
+    import copy
+    import pickle
+
+    x = torch.randn(1, 17, DIM)
+    dense = AttentionLayer(DIM, HEADS, backend="sdpa").state_dict()
+    for options in ({"backend": "nsa", "nsa": REFERENCE}, {"window": 4, "gate": True}):
+        made = AttentionLayer(DIM, HEADS, **{"backend": "sdpa", **options})
+        out = made(x)
+        for same in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            assert torch.equal(same(x), out)
+            same.load_state_dict(dense, strict=True)
+            assert not torch.equal(same(x), out)
+        assert torch.equal(made(x), out)
+
+
 def test_models_of_the_experiments():
     with torch.device("meta"):
         report, realistic = TransformerModel.report(), TransformerModel.realistic(backend="sdpa")
@@ -437,6 +468,10 @@ def test_layer_compiles_with_inductor(backend):
         ({"dim": 0}, "dim = 0"),
         ({"ff_mult": 0}, "ff_mult"),
         ({"dtype": torch.int32}, "dtype.*float"),
+        ({"dtype": torch.float8_e5m2}, "dtype.*for storage.*float16"),
+        ({"dtype": "float16"}, "dtype = 'float16'.*is a str.*torch.float16"),
+        ({"backend": "nsa", "nsa": "reference"}, "nsa = 'reference'.*not a dict.*block_size"),
+        ({"backend": "nsa", "nsa": {**REFERENCE, "block_size": 0}}, "block_size = 0"),
         ({"precision": "tf16"}, "precision.*ieee"),
         ({"backend": "nsa", "causal": False}, "causal.*past"),
         ({"backend": "nsa", "nsa": {"blocks": 3}}, "nsa.*block_size"),
@@ -465,6 +500,41 @@ def test_option_that_does_not_fit_is_refused(options, says):
 def test_input_that_does_not_fit_is_refused(x, says):
     with pytest.raises(ArgumentError, match=says):
         layer("naive")(x)
+
+
+@pytest.mark.parametrize(
+    ("weights", "x", "autocast", "says"),
+    [
+        (torch.float64, torch.float32, False, r"float64\. Convert x or the layer.*\(dtype\)\.$"),
+        (torch.float64, torch.float32, True, r"x\.dtype = 'float32'.*float64"),
+        (torch.float32, torch.float64, True, r"x\.dtype = 'float64'.*float32"),
+        (torch.bfloat16, torch.float32, True, r"x\.dtype = 'float32'.*bfloat16"),
+        (torch.float32, torch.bfloat16, True, None),
+        (torch.float64, torch.float64, True, None),
+    ],
+)
+def test_dtypes_that_autocast_does_not_mix_are_refused(weights, x, autocast, says):
+    made, x = layer("naive", dtype=weights), torch.zeros(1, 3, DIM, dtype=x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if says is None:
+            assert made(x).shape == x.shape
+            return
+        with pytest.raises(ArgumentError, match=says):
+            made(x)
+
+
+def test_attend_has_no_gates():
+    q = torch.zeros(1, 2, 5, 16)
+    with pytest.raises(ArgumentError, match=r"backend = 'nsa'.*gates.*AttentionLayer"):
+        attend(q, q, q, backend="nsa")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_operator_of_a_compiled_layer_refuses_what_the_interpreter_multiplies_wrongly():
+    attend(*3 * [torch.ones(1, 1, 5, 16)], backend="flash")  # the operator is there
+    q = torch.ones(1, 1, 5, 16, dtype=torch.bfloat16)
+    with pytest.raises(ArgumentError, match="raw bits"):  # which no check of ours stands before
+        torch.ops.labkit.flash_forward(q, q, q, None, None, 5, 5, True, 0.25, None, "ieee")
 
 
 def test_available_says_why_not():

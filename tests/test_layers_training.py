@@ -94,6 +94,23 @@ def test_step_is_the_loop_that_one_writes_by_hand(precision):
         assert torch.equal(p, q), name
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_step_of_a_model_that_takes_numbers_of_tokens(precision):
+    made = nn.Sequential(nn.Embedding(11, DIM), model(layers=1), nn.Linear(DIM, 11))
+    tokens = torch.arange(11)[None]
+
+    def loss(out, y):
+        return nn.functional.cross_entropy(out.float().flatten(0, 1), y.flatten())
+
+    step = TrainingStep(made, precision=precision, loss=loss, lr=1e-2)
+    losses = [step.step(tokens, tokens).loss for _ in range(4)]
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        made[2].weight.fill_(float("inf"))
+    with pytest.raises(PrecisionOverflowError, match=r"2\.weight"):
+        step.step(tokens, tokens)
+
+
 def test_loss_scale_saves_small_gradients_on_the_way():
     x, y = data()
 
@@ -275,6 +292,36 @@ def test_input_and_weights_that_are_no_numbers_are_named():
     assert (found.where, found.tensor) == ("weights", "layers.0.out_proj.bias")
 
 
+def test_input_that_half_precision_cannot_hold_is_not_blamed_on_the_data():
+    x, _ = data()
+    found = overflow_of(model(), "fp16", 1e6 * x)
+    assert (found.where, found.tensor, found.holds) == ("input", "the input x in float16", "inf")
+    assert found.largest == pytest.approx(1e6 * x.abs().max().item())
+    assert 'precision="bf16"' in str(found) and "Look at the data" not in str(found)
+    assert TrainingStep(model(), precision="autocast_fp16").step(1e6 * x, x).overflow is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "autocast_fp16"])
+def test_target_that_is_no_number_is_named_and_no_scale_is_halved_for_it(precision):
+    x, y = data()
+    y[0, 0, 0] = float("nan")
+    step = TrainingStep(model(), precision=precision, on_overflow="skip")
+    scale = step.scale
+    found = step.step(x, y).overflow
+    assert (found.where, found.tensor, found.holds) == ("input", "the target", "nan")
+    assert step.scale == scale
+    # hidden in the loss itself it is the loss, and no gradient
+    found = find_overflow(step.model, x, lambda out: mean_square(out, y))
+    assert (found.where, found.tensor, found.holds) == ("loss", "the loss", "nan")
+
+
+def test_buffers_are_as_before_the_look():
+    made = nn.Sequential(nn.BatchNorm1d(19), nn.Linear(DIM, DIM))
+    x, y = data()
+    assert find_overflow(made, x, lambda out: mean_square(out, y)) is None
+    assert made[0].num_batches_tracked == 0 and not made[0].running_mean.any()
+
+
 def test_weights_that_overflow_in_the_update_are_named():
     x, y = data()
     step = TrainingStep(model(), precision="fp16", lr=1e9)
@@ -358,6 +405,10 @@ def test_flex_attention_is_looked_at_from_outside():
         ({"lr": -1.0}, "lr"),
         ({"on_overflow": "ignore"}, "on_overflow.*raise, skip"),
         ({"model": nn.GELU()}, "model.*parameters"),
+        ({"model": lambda x: x}, "model.*no torch.nn.Module"),
+        ({"model": nn.Linear(2, 2).requires_grad_(False)}, "model.*asks for a gradient"),
+        ({"optimizer": 5}, "optimizer = 5.*adamw"),
+        ({"eps": -1.0}, "eps = -1.0"),
         ({"model": nn.Linear(2, 2).half(), "precision": "autocast_fp16"}, r"weight is.*\.float"),
     ],
 )
