@@ -171,6 +171,7 @@ def test_explorer_of_lists_moves_in_its_page_by_keyboard(notebook, source, key, 
     assert_shows(page, figure, nth, **{control["name"]: last})
     root.locator(".lkx-reset").click()
     assert_shows(page, figure, nth)
+    assert_fits_a_phone(page)
 
 
 @pytest.mark.browser
