@@ -280,7 +280,9 @@ def _list_experiments(names: Any) -> None:
 )
 @click.option("--batch", type=int, default=1, show_default=True, help="Batch to measure with.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="Where; the GPU by default.")
-@click.option("--file", "path", type=click.Path(path_type=Path), help="Another file to read.")
+@click.option(
+    "--file", "path", type=click.Path(path_type=Path), help="Another file to read, or to write."
+)
 @click.pass_context
 def policy(
     ctx: click.Context,

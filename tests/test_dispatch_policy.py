@@ -88,6 +88,15 @@ def test_beyond_what_was_measured_the_last_choice_stays_and_says_so():
     assert "below the shortest" in made().choose(2).why
 
 
+def test_a_hole_between_two_that_share_no_length_is_answered_by_the_nearest_and_said():
+    found = Policy(
+        dict(HERE), (point(16, "naive", "float32", 1.0), point(1024, "flash", "float16", 1.0))
+    )
+    choice = found.choose(512)
+    assert (choice.backend, choice.measured) == ("flash", False)
+    assert "512 lies in a hole between measured lengths" in choice.why
+
+
 def test_another_shape_is_answered_by_the_nearest_and_said():
     both = Policy(HERE, made().points + made(head_dim=128, heads=4).points)
     found = both.choose(64, head_dim=120, heads=5)
@@ -239,6 +248,9 @@ def broken():
         ("seq_len", "64"),
         ("error", None),
         ("extra", 1),
+        ("backend", 7),
+        ("dtype", "int9"),
+        ("causal", "no"),
     ):
         yield json.dumps(whole | {"points": [first | {name: value}]})
 
@@ -391,6 +403,10 @@ def test_lengths_are_taken_from_both_ends_inwards():
         ({"budget_s": 0}, "budget_s"),
         ({"launch": "sometimes"}, "launch"),
         ({"head_dim": -1}, "head_dim"),
+        ({"head_dim": []}, "head_dim"),
+        ({"seq_lens": []}, "seq_lens"),
+        ({"kv_heads": 0}, "kv_heads"),
+        ({"seq_lens": 0}, "seq_lens = 0"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_by_name(options, named):

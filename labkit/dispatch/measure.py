@@ -142,9 +142,11 @@ def measure_policy(
     from labkit.timing import _resolve_device
 
     device = _resolve_device(device)
-    lengths = sorted({
-        check_positive_int("seq_lens", n) for n in (seq_lens or _LENGTHS[device])
-    })  # fmt: skip
+    asked = _LENGTHS[device] if seq_lens is None else _listed(seq_lens)
+    lengths = sorted({check_positive_int("seq_lens", n) for n in asked})
+    for name, values in (("seq_lens", lengths), ("head_dim", _listed(head_dim))):
+        if not values:
+            raise ArgumentError(name, values, "is empty.", "Pass at least one.")
     chosen = tuple(candidates(device) if backends is None else _listed(backends))
     for name in chosen:
         check_choice("backend", name, BACKENDS)
@@ -159,7 +161,7 @@ def measure_policy(
     sizes = {
         "batch": check_positive_int("batch", batch),
         "heads": check_positive_int("heads", heads),
-        "kv_heads": check_positive_int("kv_heads", kv_heads or heads),
+        "kv_heads": check_positive_int("kv_heads", heads if kv_heads is None else kv_heads),
     }
     if sizes["heads"] % sizes["kv_heads"]:
         raise ArgumentError(

@@ -36,6 +36,7 @@ __all__ = [
 SCHEMA = "labkit-policy/1"
 #: what has to be the same for a policy to hold
 _SAME = ("card", "driver", "torch", "triton", "kernels")
+_DTYPES = ("float32", "tf32", "float16", "bfloat16")
 
 
 class PolicyIgnored(UserWarning):
@@ -196,6 +197,10 @@ class Policy:
         inside = lengths[0] <= seq_len <= lengths[-1]
         at = min(max(seq_len, lengths[0]), lengths[-1])
         times = {who: ms for who, line in lines.items() if (ms := _time_at(line, at)) is not None}
+        if not times:  # two that share no stretch of lengths, and a hole between them
+            at = min(lengths, key=lambda n: abs(math.log(n / seq_len)))
+            times = {w: ms for w, line in lines.items() if (ms := _time_at(line, at)) is not None}
+            inside = False
         ranked = sorted(times, key=times.__getitem__)
         best, rest = ranked[0], ranked[1:]
         evidence = _around(lines[best], at)
@@ -209,8 +214,10 @@ class Policy:
             tie = ", within the noise" if ratio - 1 < noise else ""
             why += f"; next {' '.join(rest[0])}, {ratio:.2f}× the time{tie}"
         if not inside:
-            side = "beyond the longest" if seq_len > at else "below the shortest"
-            why += f"; {seq_len:,} lies {side} measured length"
+            side = "beyond the longest" if seq_len > lengths[-1] else "below the shortest"
+            hole = lengths[0] <= seq_len <= lengths[-1]
+            why += f"; {seq_len:,} lies {'in a hole between' if hole else side} measured length"
+            why += "s" if hole else ""
         if stands_in:
             why += f"; measured at {stands_in}"
         return Choice(*best, times[best] if inside else math.nan, f"{why}.", evidence, inside)
@@ -371,7 +378,7 @@ class _Allowed:
             if value is not None:
                 object.__setattr__(self, name, tuple(value))
         for dtype in self.dtypes or ():
-            check_choice("dtypes_allowed", dtype, ("float32", "tf32", "float16", "bfloat16"))
+            check_choice("dtypes_allowed", dtype, _DTYPES)
 
     def __call__(self, point: Point) -> bool:
         return (
@@ -520,7 +527,7 @@ def _read(path: Path, here: dict[str, Any], missing: str = "cannot be read") -> 
         there = dict(held["machine"])
         points = tuple(_point(p) for p in held["points"])
         policy = Policy(there, points, tuple(map(str, held["notes"])), str(held["launch"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         return _ignore(path, f"is broken ({type(error).__name__}: {str(error)[:80]})")
     if not points:
         return _ignore(path, "holds no measured point")
@@ -537,6 +544,11 @@ def _point(held: dict[str, Any]) -> Point:
     for name in ("seq_len", "batch", "heads", "kv_heads", "head_dim"):
         if type(getattr(point, name)) is not int or getattr(point, name) < 1:
             raise ValueError(f"{name} is {getattr(point, name)!r}")
+    for name, kind in (("causal", bool), ("training", bool), ("backend", str), ("dtype", str)):
+        if type(getattr(point, name)) is not kind:
+            raise ValueError(f"{name} is {getattr(point, name)!r}")
+    if point.dtype not in _DTYPES:
+        raise ValueError(f"dtype is {point.dtype!r}")
     for name in ("ms", "spread_ms", "error"):
         value = getattr(point, name)
         if isinstance(value, bool) or not math.isfinite(value) or value < 0:
