@@ -170,6 +170,47 @@ def test_hash_stays_within_32_bits():
     assert wide[1, 2].item() == _hash(1, _PRIME - 1, _PRIME * 7 + 3)
 
 
+def test_a_reordered_pattern_answers_of_numbers_and_of_tensors_and_stays_short_in_print():
+    there = Strided(4).reordered(8)
+    i = torch.arange(8)
+    together = there.allowed(i[:, None], i[None, :])
+    assert torch.equal(together, there.dense_mask(8))
+    assert all(there.allowed(a, b) is bool(together[a, b]) for a in range(8) for b in range(8))
+    with pytest.raises(ArgumentError, match="orders 8 tokens, of 9"):
+        there.allowed(0, 1, 9)
+    assert len(repr(Strided(4).reordered(4096))) < 100
+
+
+@pytest.mark.parametrize("assignment", [3, [2**40, 2], "ab", [0.0, 1.0], [], [True, False]])
+def test_an_assignment_that_is_none_is_refused(assignment):
+    with pytest.raises(ArgumentError, match="assignment"):
+        Clustered(assignment=assignment)
+
+
+def test_a_pattern_of_ones_own_that_can_change_is_refused():
+    @dataclass
+    class Own(Pattern):
+        window: int = 3
+
+        def allowed(self, i, j, keys=None):
+            return abs(i - j) < self.window
+
+    with pytest.raises(ArgumentError, match="frozen"):
+        patterns.pattern(Own())
+
+
+def test_an_assignment_may_hold_integers_of_any_kind():
+    import numpy as np
+
+    given = Clustered(assignment=list(np.array([5, 7, 5])))
+    assert given == Clustered(assignment=(5, 7, 5))
+    assert given.dense_mask(3).tolist() == [
+        [True, False, True],
+        [False, True, False],
+        [True, False, True],
+    ]
+
+
 def test_tokens_brought_together_see_the_same_tokens():
     for p in (Clustered(5), Strided(7), Clustered(assignment=MARKS)):
         there = p.reordered(N)

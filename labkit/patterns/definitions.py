@@ -24,15 +24,16 @@ own are BigBird's (Zaheer et al. 2020), attention within clusters is the Routing
 The draws come from a hash of the positions, in 32-bit integers that do not overflow: a predicate
 that a kernel evaluates can hold no state, and has to give the same everywhere.
 
-Loads torch only for an explicit assignment to clusters.  Taught in chapter 11 (a mask saves
-nothing).
+Loads torch only for an explicit assignment to clusters and a new order of tokens.  Taught in
+chapter 11 (a mask saves nothing).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, ClassVar
 
 from labkit.errors import ArgumentError, check_choice, check_positive_int
@@ -283,14 +284,16 @@ class Clustered(Pattern):
         _set(self, seed=_check_seed(self.seed))
         if self.assignment is not None:
             given = getattr(self.assignment, "tolist", lambda: self.assignment)()
-            chosen = tuple(given)
+            chosen = tuple(given) if isinstance(given, Iterable) else ()
             if not chosen or not all(
-                isinstance(c, int) and not isinstance(c, bool) for c in chosen
+                isinstance(c, Integral) and not isinstance(c, bool) and -(2**31) <= c < 2**31
+                for c in chosen
             ):
                 raise ArgumentError(
-                    "assignment", _short(chosen), "is not a list of clusters.",
-                    "Pass one integer for each key.",
+                    "assignment", _short(chosen) if chosen else given, "is not a list of clusters.",
+                    "Pass one integer for each key, of 32 bits.",
                 )  # fmt: skip
+            chosen = tuple(int(c) for c in chosen)
             _set(self, assignment=chosen, clusters=len(set(chosen)))
 
     def __hash__(self) -> int:
@@ -435,8 +438,17 @@ class Reordered(Pattern):
         at, inner = self._at(keys, device), self.inner.predicate(keys, device)
         return lambda i, j: inner(at(i), at(j))
 
+    def __repr__(self) -> str:
+        return f"Reordered({self.inner!r}, {len(self.tokens)} tokens)"  # thousands, spelt out
+
     def allowed(self, i, j, keys=None):
-        return self.inner.allowed(self.tokens[i], self.tokens[j], keys or len(self.tokens))
+        import torch
+
+        tensors = [x for x in (i, j) if isinstance(x, torch.Tensor)]
+        device = tensors[0].device if tensors else "cpu"
+        i, j = (torch.as_tensor(x, device=device) for x in (i, j))
+        answer = self.predicate(len(self.tokens) if keys is None else keys, device)(i, j)
+        return answer if tensors else bool(answer)
 
     def ahead(self, keys, device=None):
         at = self._at(keys, device)
@@ -458,6 +470,11 @@ def pattern(which: Pattern | str) -> Pattern:
         if it is neither; the message lists the known names.
     """
     if isinstance(which, Pattern):
+        if type(which).__hash__ is None:
+            raise ArgumentError(
+                "pattern", which, "has no hash: what is made of it could not be found again.",
+                "Make its class a frozen dataclass: @dataclass(frozen=True).",
+            )  # fmt: skip
         return which
     if not isinstance(which, str):
         raise ArgumentError(
