@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,14 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 LAZY = {"plots"}
 
 
-def labkit_imports(source: str) -> Iterator[tuple[str, bool]]:
+@cache
+def labkit_imports(source: str) -> tuple[tuple[str, bool], ...]:
     """``(submodule, at import time)`` for every import of labkit in ``source``."""
 
     def walk(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.expr):
+                continue  # most of a tree, and an import is a statement
             if isinstance(child, ast.ImportFrom) and child.module and not child.level:
                 parts = child.module.split(".")
                 if parts[0] == "labkit":
@@ -80,10 +84,10 @@ def labkit_imports(source: str) -> Iterator[tuple[str, bool]]:
                         yield parts[1], top
             if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
                 continue
-            inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
             yield from walk(child, top and not inside)
 
-    yield from walk(ast.parse(source), True)
+    return tuple(walk(ast.parse(source), True))
 
 
 def upward(module: str, source: str) -> list[str]:
