@@ -6,7 +6,7 @@ import random
 import re
 
 import pytest
-from test_explorers import _as_serialised, assert_shows, page_of
+from test_explorers import _as_serialised, assert_parity, assert_shows, page_of
 
 from labkit.errors import ArgumentError
 from labkit.explorers import fits, scene
@@ -110,19 +110,7 @@ def test_script_and_python_give_the_same_figure_and_it_fits_a_phone(open_page):
     for layout in scene.LAYOUTS:
         drawn = page.locator(f".lkx-{layout}").inner_html()
         assert drawn == _as_serialised(page, figure.svg(layout))
-    tried = settings(4)
-    answers = page.evaluate(
-        "list => list.map(c => document.querySelector('.lkx').explorer.at(c))", tried
-    )
-    for at, got in zip(tried, answers, strict=True):
-        want = figure.values(**at)
-        assert {k: float(v) for k, v in got["values"].items()} == {
-            k: float(v) for k, v in want.items()
-        }, at
-        assert got["summary"] == figure.summary(**at), at
-        assert got["table"] == figure.table(**at), at
-        for layout in scene.LAYOUTS:
-            assert got["svg"][layout] == figure.svg(layout, **at), (layout, at)
+    assert_parity(page, figure, settings(4))
     page.locator('[data-control="attention"] select').select_option("fused")
     assert_shows(page, figure, attention="fused")
     assert page.evaluate("document.documentElement.scrollWidth") <= 375

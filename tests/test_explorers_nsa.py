@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from test_explorers import _as_serialised, assert_shows, grid, page_of
+from test_explorers import _as_serialised, assert_parity, assert_shows, grid, page_of
 
 from labkit.errors import ArgumentError
 from labkit.explorers import nsa_reads, scene
@@ -94,19 +94,7 @@ def test_script_and_python_give_the_same_figure_and_it_fits_a_phone(open_page):
     for layout in scene.LAYOUTS:
         drawn = page.locator(f".lkx-{layout}").inner_html()
         assert drawn == _as_serialised(page, figure.svg(layout))
-    tried = settings(figure)
-    answers = page.evaluate(
-        "list => list.map(c => document.querySelector('.lkx').explorer.at(c))", tried
-    )
-    for changes, got in zip(tried, answers, strict=True):
-        want = figure.values(**changes)
-        assert {k: float(v) for k, v in got["values"].items()} == {
-            k: float(v) for k, v in want.items()
-        }, changes
-        assert got["summary"] == figure.summary(**changes), changes
-        assert got["table"] == figure.table(**changes), changes
-        for layout in scene.LAYOUTS:
-            assert got["svg"][layout] == figure.svg(layout, **changes), (layout, changes)
+    assert_parity(page, figure, settings(figure))
     window = page.locator('[data-control="W"] input[type=number]')
     window.fill("0")
     assert_shows(page, figure, W=0)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from test_explorers import _as_serialised, assert_shows, page_of
+from test_explorers import _as_serialised, assert_parity, assert_shows, page_of
 
 from labkit import explorers
 from labkit.errors import ArgumentError
@@ -143,19 +143,7 @@ def test_bad_input_names_the_argument(arguments, message):
 def test_script_and_python_give_the_same_figure_and_it_fits_a_phone(figure, open_page):
     page = open_page(viewport={"width": 375, "height": 900})
     page.set_content(page_of(figure))
-    tried = settings()[::3]
-    answers = page.evaluate(
-        "list => list.map(c => document.querySelector('.lkx').explorer.at(c))", tried
-    )
-    for changes, got in zip(tried, answers, strict=True):
-        want = figure.values(**changes)
-        assert {k: float(v) for k, v in got["values"].items()} == {
-            k: float(v) for k, v in want.items()
-        }, changes
-        assert got["summary"] == figure.summary(**changes), changes
-        assert got["table"] == figure.table(**changes), changes
-        for layout in scene.LAYOUTS:
-            assert got["svg"][layout] == figure.svg(layout, **changes), (layout, changes)
+    assert_parity(page, figure, settings()[::3])
     assert page.locator(".lkx-narrow").inner_html() == _as_serialised(page, figure.svg("narrow"))
     page.locator('[data-control="pattern"] select').select_option("local")
     page.locator('[data-control="tile"] select').select_option("16")

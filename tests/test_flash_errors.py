@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from rejection import rejected
 
 from labkit.errors import ArgumentError
 from labkit.flash import flash_attention, flash_attention_varlen, launch
@@ -26,20 +26,6 @@ def _nothing_is_launched(monkeypatch):
 
 def qkv(device, q=(2, 4, 9, 16), k=(2, 2, 7, 16), v=(2, 2, 7, 16), dtype=torch.float32):
     return [torch.zeros(s, dtype=dtype, device=device) for s in (q, k, v)]
-
-
-def rejected(argument, *says, call):
-    """The error names the argument and says what would do; returns it."""
-    with pytest.raises(ArgumentError) as caught:
-        call()
-    error = caught.value
-    assert error.argument == argument or error.argument.startswith((f"{argument}.", f"{argument}["))
-    text = str(error)
-    for word in says:
-        assert word in text, text
-    assert repr(error.value) in text, text
-    assert re.search(r"[A-Z][^.]+ [\s\S]*[.]$", error.remedy), f"no remedy: {text}"
-    return error
 
 
 def test_the_canary_a_good_call_does_launch(device):
@@ -221,9 +207,7 @@ def test_varlen_takes_three_dimensions(position, device):
     tensors = [torch.zeros(n, 2, 16, device=device) for n in (9, 7, 7)]
     tensors[position] = tensors[position][None]
     cu = torch.tensor([0, 9]), torch.tensor([0, 7])
-    rejected(
-        "qkv"[position], "varlen", call=lambda: flash_attention_varlen(*tensors, *cu)
-    )
+    rejected("qkv"[position], "varlen", call=lambda: flash_attention_varlen(*tensors, *cu))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rejection import rejected
 
 from labkit.errors import ArgumentError, LabError
 from labkit.nsa import (
@@ -66,23 +66,6 @@ def window(device, options=None, **shapes):
 
 
 FUNCTIONS = (whole, selected, compressed, window)
-
-
-def rejected(argument, *says, call):
-    """The error names the argument and says what would do; returns it."""
-    with pytest.raises(ArgumentError) as caught:
-        call()
-    error = caught.value
-    named = error.argument == argument or error.argument.startswith(
-        (f"{argument}.", f"{argument}[")
-    )
-    assert named, f"{error.argument} is named, not {argument}: {error}"
-    text = str(error)
-    for word in says:
-        assert word in text, text
-    assert repr(error.value) in text, text
-    assert re.search(r"[A-Z][^.]+ [\s\S]*[.]$", error.remedy), f"no remedy: {text}"
-    return error
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
