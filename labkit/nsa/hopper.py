@@ -179,8 +179,8 @@ def _attend(
     mbarrier.wait(q_full, 0)
     left = q
     if D > 64 and not VARLEN:
-        # Into registers once: 3 % faster than from shared memory with every block.  With the
-        # addresses of varlen there are two registers too few.
+        # Into registers once, not from shared memory with every block.  With the addresses of
+        # varlen there are two registers too few.
         left = q.load(gl.DotOperandLayout(0, S, 2))
 
     block, chose = gl.load(blocks), gl.load(members)

@@ -5,8 +5,7 @@ r"""One query for three branches, and its gradient added up in one pass.
 Autograd adds gradients two at a time, as they come: each addition reads two tensors, writes a
 third, and rounds.  For three branches that is six times dQ through memory and two roundings.
 :func:`share` hands out q once for each branch and waits for all gradients: four times dQ, added in
-float32 and rounded once.  At 8192 tokens that is the difference of some percent of the whole
-backward pass; keys and values have fewer heads and are left to autograd.
+float32 and rounded once.  Keys and values have fewer heads and are left to autograd.
 
 Taught in chapter 13 (the kernels).
 """
