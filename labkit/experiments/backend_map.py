@@ -111,7 +111,7 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
         "dtypes": ("float16", "float32"),
         "forced": _FUSED,
         "rep_ms": 8,
-        "limit_s": 85,
+        "limit_s": 140,
     }
     if quick:
         plan |= {
@@ -184,7 +184,7 @@ def run(
     ----------
     quick, device, progress : as for every experiment.
     parts : some of :data:`PARTS`; all by default.
-    limit_s : begin no further shape after so many seconds; 85 by default for the full run.
+    limit_s : begin no further shape after so many seconds; 140 by default for the full run.
 
     Returns
     -------

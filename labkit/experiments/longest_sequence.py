@@ -59,7 +59,7 @@ CLAIMED = {
 }
 #: beyond so many operations of attention in a pass, its kernels are left out
 _HOLLOW_FROM = 4e13
-_BUDGET_S = 82
+_BUDGET_S = 200
 
 
 def _cases(quick: bool, device: str) -> list[dict[str, Any]]:

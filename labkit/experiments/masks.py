@@ -136,7 +136,7 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
         "patterns": _PATTERNS,
         "hows": ("naive", "sdpa", "flex", "window"), "matrices": ("local", "random"),
         "deep": ("local", "random", "random_blocks"), "rep_ms": 40, "passes": _PASSES,
-        "counted": 4096, "per_row": (1, 2, 4, 8, 16, 32, 205), "limit_s": 68.0,
+        "counted": 4096, "per_row": (1, 2, 4, 8, 16, 32, 205), "limit_s": 115.0,
         "device": "cuda", "apart": "flex", "yardstick": "flash",
     }  # fmt: skip
     if quick:
