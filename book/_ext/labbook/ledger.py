@@ -1,6 +1,7 @@
 """``{labkit-claims}``: the claims ledger, made from ``labkit.claims`` while the book is built.
 
 A cell that comes out otherwise than its verdict says is a Sphinx warning, which fails the build.
+Recorded cells become ``rec`` roles, which note their records as what the page depends on.
 """
 
 from __future__ import annotations
