@@ -6,8 +6,9 @@ needs on first use.  Modules import downwards only:
     errors, units, dtypes, shapes, closed_form
       → hardware, memory, roofline          models of memory and hardware
       → naive, online_softmax               reference attention
-      → kernels, io, flash, nsa             Triton
-      → timing, records, experiments        measurement
+      → kernels, io, flash, nsa, patterns   Triton
+      → layers                              a transformer layer, and training it
+      → timing, records, dispatch, experiments  measurement
       → plots, explorers, widgets           figures
       → claims, exercises, doctor, __main__ what readers call
 """

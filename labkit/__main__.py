@@ -436,7 +436,7 @@ def quotes(ctx: click.Context, files: tuple[Path, ...], write: bool) -> None:
 @click.option("--markdown", is_flag=True, help="Print the ledger as the book shows it.")
 @click.pass_context
 def claims(ctx: click.Context, ids: tuple[str, ...], markdown: bool) -> None:
-    """The claims that the course tests: verdicts, and every table cell recomputed.
+    """The claims that the course tests: verdicts, and every cell recomputed or recorded.
 
     Status 1 if a cell that is said to agree does not.
     """

@@ -382,12 +382,12 @@ _CLAIMS = (
     ),
     Claim(
         "C24",
-        "At N = 1024 SDPA may change its kernel; torch.backends.cuda.sdp_kernel forces flash.",
+        "At N = 1024 SDPA may change its kernel; sdp_kernel, of torch.backends.cuda, forces flash.",
         "refuted",
-        "SDPA chooses by card, dtype, shape and mask, and on an H200 neither the choice nor its "
-        "kernel changes with the length; FlashAttention’s own kernels, forced, do, but not at "
-        "1024. The function is deprecated for torch.nn.attention.sdpa_kernel and forces no flash: "
-        "it leaves cuDNN allowed, which is what ran in float16, and in float32, which "
+        "SDPA chooses by card, dtype, mask and width of a head. On an H200 neither the choice nor "
+        "the kernel changes with the length; FlashAttention’s own kernels, forced, do, but not at "
+        "1024. The function is deprecated for sdpa_kernel, of torch.nn.attention, and forces no "
+        "flash: it leaves cuDNN allowed, which is what ran in float16, and in float32, which "
         "FlashAttention does not take, nothing could run.",
         "10",
     ),

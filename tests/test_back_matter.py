@@ -145,13 +145,21 @@ def test_glossary_defines_each_word_once_in_english_and_chinese():
     assert len(names) == len(set(names))
     without = [e[0] for e in entries if not re.search(r"[\u4e00-\u9fff]", " ".join(e))]
     # Proper names that Chinese texts leave as they are.
-    assert set(without) <= {"FlashAttention", "GDDR", "TF32", "Triton", "softmax"}
+    assert set(without) <= {"FlashAttention", "FlexAttention", "GDDR", "TF32", "Triton", "softmax"}
 
 
 def test_glossary_definitions_are_short():
     text = (BOOK / "glossary.md").read_text(encoding="utf-8")
     for line in re.findall(r"^  (\S.*)$", text, re.M):
         assert line.endswith(".") and len(line) < 330, line
+
+
+def test_the_reference_lists_every_command():
+    from labkit.__main__ import main
+
+    text = (BOOK / "reference.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)[^`]*` \|", text, re.M)
+    assert sorted(listed) == sorted(main.commands)
 
 
 def test_bibliography_entries_are_whole():
