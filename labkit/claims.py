@@ -331,9 +331,9 @@ _CLAIMS = (
         "Where launching is what takes the time, half precision has nothing to make faster, and "
         "the casts of autocast are kernels to launch: on an H200 a small model gains next to "
         "nothing at these lengths, and loses by autocast; a larger one, at 2048, gains. Of the "
-        "memory pure float16 saves two fifths to a half at every length, and autocast, which keeps "
-        "float32 weights and adds copies, less than a quarter; neither goes from nothing to a "
-        "half.",
+        "memory pure float16 saves two fifths to a half at every length, and loses its gradients; "
+        "autocast, which keeps float32 weights and adds copies, saves less than a quarter. Neither "
+        "goes from nothing to a half.",
         "10",
     ),
     Claim(

@@ -337,6 +337,8 @@ def test_C19_what_half_precision_gains_and_saves():
         for attention in ("naive", "sdpa"):
             assert 0.4 < _value(step("saved", attention, "fp16", n)) < 0.5
             assert 0.0 < _value(step("saved", attention, "autocast_fp16", n)) < 0.25
+            assert _value(step("error", attention, "fp16", n)) > 0.3
+            assert _value(step("error", attention, "autocast_fp16", n)) < 0.01
     assert _value("training_step:speedup.realistic.sdpa.autocast_fp16.n2048") > 1.5
     casts, plain = (f"layer_forward:kernels.report.sdpa{x}.n512" for x in ("_autocast", ""))
     assert _value(casts) > 1.5 * _value(plain)
