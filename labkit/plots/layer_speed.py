@@ -98,7 +98,7 @@ def layer_times(
     return (
         "Time of one call against seq_len, both axes logarithmic: "
         f"{', '.join(text for *_, text, _ in labels)}. All are level on the left and fan out on "
-        f"the right, where the time of each grows four-fold with each doubling.{also}"
+        f"the right, where the time of each grows two- to four-fold with each doubling.{also}"
     )
 
 
@@ -151,8 +151,8 @@ def layer_launch(
     return (
         "Two panels, time against seq_len on logarithmic axes: one call on an idle GPU, what the "
         "host needs to queue it, a CUDA graph of the same kernels, and the GPU alone. In the "
-        "shaded part on the left the first two are level and close to each other, and the other "
-        "two lie below; on the right the call, the graph and the GPU alone are one line."
+        "shaded part on the left the first two are nearly level and close to each other, and the "
+        "other two lie below; on the right the call, the graph and the GPU alone become one line."
     )
 
 
@@ -244,8 +244,8 @@ def layer_speedups(
     return (
         "Times faster than the original against seq_len, both axes logarithmic: "
         f"{', '.join(text for *_, text, _ in labels)}; crosses mark what the report states for an "
-        "RTX 3060. A line at one: below it, slower. The curves are level on the left and rise on "
-        "the right."
+        "RTX 3060. A line at one: below it, slower. On the left all are nearly level; those in "
+        "half precision rise on the right."
     )
 
 
