@@ -90,7 +90,7 @@ def blocks_and_time(ax: Axes, result: Any) -> str:
         "attention: the share of scores that it sees, the share of blocks that these touch, and "
         "the time. The scores are about the same for all; compare the places of blocks and "
         "times. A dashed line at one is dense attention. The last rows are masked dense work. "
-        f"Rows: {', '.join(name for name, *_ in lines)}."
+        f"Rows: {'; '.join(name for name, *_ in lines)}."
     )
 
 
