@@ -185,11 +185,12 @@ def test_nsa_kernels_compute_what_the_reference_does(device):
     assert_within_low_precision_error(ours, exact, plain)
 
 
-def test_tiled_keeps_nothing_that_grows_with_the_square():
+@pytest.mark.parametrize("pattern", [None, Strided(5, window=3)], ids=str)
+def test_tiled_keeps_nothing_that_grows_with_the_square(pattern):
     n = 256
     biggest = {}
     for backend in ("naive", "tiled"):
-        made, sizes = layer(backend, heads=4), []
+        made, sizes = layer(backend, heads=4, pattern=pattern), []
 
         def pack(t, sizes=sizes):
             sizes.append(t.numel())
@@ -200,6 +201,21 @@ def test_tiled_keeps_nothing_that_grows_with_the_square():
         biggest[backend] = max(sizes)
     assert biggest["naive"] == 4 * n * n
     assert biggest["tiled"] == 4 * DIM * n  # the widest activation of the feed-forward part
+
+
+@pytest.mark.parametrize("pattern", [None, Local(7), Strided(5, window=3)], ids=str)
+def test_derivatives_of_a_function_go_through_tiled(pattern):
+    q, k, v, dout = torch.randn(4, 1, 2, 35, 16)
+
+    def value(q, k, v):
+        return (attend(q, k, v, backend="tiled", pattern=pattern) * dout).sum()
+
+    found = torch.func.grad(value, argnums=(0, 1, 2))(q, k, v)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    for a, b in zip(found, torch.autograd.grad(value(*leaves), leaves), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match="vmap support"):
+        torch.func.vmap(lambda q: value(q, k, v))(q[None])
 
 
 def test_causal_attention_of_the_last_queries_aligns_with_the_last_keys():
@@ -445,15 +461,30 @@ def test_layer_of_our_kernels_compiles_into_one_graph(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", [*DENSE, "nsa"])
-def test_layer_compiles_with_inductor(backend):
-    made = layer(backend, dim=64).to("cuda", torch.float32)
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        *((backend, {}) for backend in (*DENSE, "nsa")),
+        ("nsa", {"nsa": REFERENCE}),
+        ("tiled", {"pattern": Strided(5, window=3)}),
+        ("sdpa", {"pattern": Random(6), "sparse": "blocks"}),
+    ],
+)
+def test_layer_compiles_with_inductor(backend, options):
+    made = layer(backend, dim=64, **options).to("cuda", torch.float32)
     x = torch.randn(2, 130, 64, device="cuda")
     eager = made(x)
     torch._dynamo.reset()
     out = torch.compile(made, fullgraph=True)(x)
     torch._dynamo.reset()
     torch.testing.assert_close(out, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_the_reference_of_nsa_asks_no_tensor_what_it_holds():
+    """Or ``torch.compile(fullgraph=True)`` could not follow it (on a GPU it does, above)."""
+    from labkit.memory import trace
+
+    assert trace(layer("nsa", nsa=REFERENCE), torch.randn(1, 35, DIM)).peak > 0
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -241,6 +241,19 @@ def test_overflow_of_the_scores_is_named(precision):
     assert ('"autocast_bf16"' if "autocast" in precision else '"bf16"') in text
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_cure_for_scores_of_nsa_computes_the_same_function(whole):
+    nsa = {"block_size": 16, "block_counts": 1, "window_size": 8, "implementation": "reference"}
+    made = model("nsa", nsa=nsa)
+    for name in ("layers.0.q_proj.weight", "layers.0.k_proj.weight"):
+        louder(made, name, 500)
+    found = overflow_of(made if whole else made.layers[0], "fp16")
+    assert found.tensor == ("S = QKᵀ of layers.0" if whole else "S = QKᵀ")
+    text = str(found)
+    assert '"implementation": "kernels"' in text and "computes the same" in text
+    assert 'backend="' not in text
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "tiled"])
 def test_scores_that_are_never_written_do_not_overflow(backend):
     made = louder(

@@ -465,6 +465,71 @@ def test_a_matrix_is_made_once_and_let_go(monkeypatch):
     assert len(attention._made_before) == attention._KEPT
 
 
+def test_blocks_keep_nothing_of_the_size_of_their_scores():
+    n, kept = 256, []
+
+    def pack(t):
+        kept.append(t.numel())
+        return t
+
+    q, k, v, _ = draw(n, n)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        pattern_attention(q.requires_grad_(), k, v, Random(6), how="blocks", block=32)
+    assert max(kept) == q.numel() < 2 * 2 * n * n / 8
+    assert sum(kept) == 4 * q.numel() + q.numel() // q.shape[-1]  # q, k, v, O and the LSE
+
+
+def test_scores_of_blocks_do_not_overflow_in_float16():
+    q, k, v, _ = (x.half() for x in draw())
+    q, k = 200 * q, 200 * k
+    out = pattern_attention(q, k, v, Random(6), how="blocks", block=16)
+    assert not torch.isfinite((q @ k.mT) * 0.25).all() and torch.isfinite(out).all()
+    assert pattern_attention(q, k, v, Random(6), how="naive").isnan().any()
+    with torch.autocast("cpu", torch.float16):  # what it adds up in is not autocast's choice
+        wide = pattern_attention(q.float(), k.float(), v.float(), Random(6), how="blocks", block=16)
+    assert torch.equal(wide.half(), out)
+
+
+def test_derivatives_of_a_function_go_through_blocks():
+    patterns.clear_masks()
+    p, (q, k, v, dout) = Random(4), draw()
+
+    def value(q, k, v):
+        return (pattern_attention(q, k, v, p, how="blocks", causal=True, block=16) * dout).sum()
+
+    found = torch.func.grad(value, argnums=(0, 1, 2))(q, k, v)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    for a, b in zip(found, torch.autograd.grad(value(*leaves), leaves), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "spoilt"),
+    [
+        ("v", "naive", (0, 96)),
+        ("v", "sdpa", (0, 96)),
+        ("v", "blocks", (16, 48)),  # the rows of blocks 1 and 2 read block 1
+        ("k", "naive", (20, 29)),  # a hidden score is overwritten, and not added to
+        ("k", "blocks", (20, 29)),
+        ("q", "naive", (20, 21)),
+        ("q", "sdpa", (20, 21)),
+        ("q", "blocks", (20, 21)),
+    ],
+)
+def test_a_nan_reaches_the_rows_that_the_way_says(name, how, spoilt):
+    tensors = dict(zip("qkv", draw(96, 96), strict=False))
+    tensors[name][:, :, 20] = math.nan
+    out = pattern_attention(**tensors, pattern=Local(9), how=how, causal=True, block=16)
+    rows = out.isnan().all(-1)[0, 0].nonzero().flatten().tolist()
+    assert rows == list(range(*spoilt))
+
+
+def test_blocks_cannot_be_traced_without_data():
+    q, k, v, _ = draw()
+    with pytest.raises(ArgumentError, match=r'without data.*how="sdpa"'):
+        trace(lambda q: pattern_attention(q, k, v, Local(9), how="blocks"), q)
+
+
 def test_a_matrix_made_in_inference_mode_serves_training_and_a_fake_one_is_not_kept():
     patterns.clear_masks()
     q, k, v, dout = draw()
@@ -496,6 +561,33 @@ def test_it_is_part_of_a_compiled_graph():
 
     expected = pattern_attention(q, q, q, p, how="naive", causal=True) * 2
     assert torch.allclose(attend(q), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["blocks", "flex"])
+def test_lists_of_blocks_are_made_once_for_a_graph(how, monkeypatch):
+    pytest.importorskip("torch.nn.attention.flex_attention")
+    made, counts, p = [], patterns.masks.counts, Strided(5, 3)
+    monkeypatch.setattr(patterns.masks, "counts", lambda *a: made.append(a[1]) or counts(*a))
+    patterns.clear_masks()
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def attend(q, k, v):
+        return pattern_attention(q, k, v, p, how=how, causal=True, block=16)
+
+    with torch.set_grad_enabled(how == "blocks"):
+        lengths = (16, 16, 32) if how == "blocks" else (16, 16)
+        for n in lengths:  # the second length is a symbol to the compiler
+            q, k, v, dout = draw(n, n)
+            q.requires_grad_(how == "blocks")
+            out = attend(q, k, v)
+            expected = pattern_attention(q, k, v, p, how="naive", causal=True)
+            torch.testing.assert_close(out, expected)
+            if how == "blocks":
+                ours, theirs = (torch.autograd.grad(o, q, dout)[0] for o in (out, expected))
+                torch.testing.assert_close(ours, theirs)
+    assert made == list(dict.fromkeys(lengths))
+    torch._dynamo.reset()
 
 
 # -- what is refused -------------------------------------------------------------------------------

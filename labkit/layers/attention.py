@@ -19,9 +19,13 @@ sdpa       a mask of Nq × Nk is read         FlexAttention
 nsa        none                              none: it chooses its blocks itself
 =========  ================================  ==================================================
 
-``tiled`` computes a window with an online softmax, in float32.  Other patterns it computes one row
-of tiles after another in the dtype of q, and autograd keeps the tiles that are seen: there S can
-overflow in float16.
+``tiled`` adds up in float32 (float64 for float64) and keeps q, k, v, O and the LSE of each row: the
+backward pass computes its tiles again.  A pattern other than a window has a list besides, made
+once for all heads and layers: a byte for each score of a row of tiles in which one is partly seen,
+so at most Nq · Nk bytes.  ``labkit.patterns.attention`` says what each way promises.
+
+``torch.func.grad`` goes through ``tiled``; a second derivative and ``torch.func.vmap`` do not, and
+torch says so.
 
 Taught in chapters 10 (fp32, fp16, which kernel, and who decides) and 11 (a mask saves nothing).
 """
@@ -263,7 +267,7 @@ def attend(
     if backend == "tiled":
         # What a tile is added up in is the algorithm's choice, and not autocast's.
         with torch.autocast(q.device.type, enabled=False):
-            return _Tiled.apply(q, k, v, causal, window)
+            return _Tiled.apply(q, k, v, causal, window)[0]
     if backend == "flash":
         from labkit.flash import flash_attention
 
@@ -299,20 +303,24 @@ class _Tiled(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, window):
+    def forward(q, k, v, causal, window):
         from labkit.online_softmax import tiled_attention
 
-        o, lse = tiled_attention(
+        return tiled_attention(
             q, k, v, causal=causal, window=window, return_lse=True,
             block_m=_block(q.shape[2]), block_n=_block(k.shape[2]),
         )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, ctx.causal, ctx.window = inputs
+        o, lse = output
+        ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.causal, ctx.window = causal, window
-        return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx, dout, _):
         from labkit.flash.recompute import one_pass
 
         q, k, v, o, lse = ctx.saved_tensors

@@ -339,7 +339,9 @@ class TrainingStep:
             found = find_overflow(self.model, x, lambda out: self.loss(out, target), scale=scale)
         if found is None:  # the pass that looked was finite: nothing to name but the sum
             found = Overflow("backward", "the sum of squared gradients", "", "float32")
-        return replace(found, remedies=remedies(found, self.precision, scale))
+        name = found.tensor.rpartition(" of ")[2] if " of " in found.tensor else ""
+        layer = dict(unwrapped(self.model).named_modules()).get(name)
+        return replace(found, remedies=remedies(found, self.precision, scale, layer))
 
     def _converted(self, x: torch.Tensor) -> torch.Tensor:
         """x in the dtype of the weights; numbers of tokens stay what they are."""
@@ -378,8 +380,10 @@ class TrainingStep:
         return replace(result, overflow=found)
 
 
-def remedies(overflow: Overflow, precision: str, scale: float) -> tuple[str, ...]:
-    """What would do against an overflow, each a sentence."""
+def remedies(
+    overflow: Overflow, precision: str, scale: float, layer: nn.Module | None = None
+) -> tuple[str, ...]:
+    """What would do against an overflow, each a sentence; ``layer`` is the part it began in."""
     half = overflow.dtype == "float16"
     wider = f"{'autocast_bf16' if 'autocast' in precision else 'bf16'}"
     bf16 = f'precision="{wider}" reaches as far as float32, with 8 bits where float16 has 11.'
@@ -409,9 +413,19 @@ def remedies(overflow: Overflow, precision: str, scale: float) -> tuple[str, ...
     if overflow.where == "loss":
         said.append("Compute the loss in float32.")
     elif overflow.tensor.startswith("S"):
-        said.append('backend="flash" and "sdpa" keep S in float32 and never write it.')
+        said.append(_with_wide_scores(layer))
         said.append("Or divide by √d before the product, or normalise Q and K.")
     return (*said, bf16)
+
+
+def _with_wide_scores(layer: nn.Module | None) -> str:
+    """Who computes what this layer does without scores in half precision."""
+    if getattr(layer, "backend", None) == "nsa":
+        return (
+            'nsa={"implementation": "kernels"} computes the same and keeps S in float32; the '
+            "other backends compute another function."
+        )
+    return 'backend="flash" and "sdpa" keep S in float32 and never write it.'
 
 
 def why_not(precision: str, device: torch.device | str) -> str | None:

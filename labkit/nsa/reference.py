@@ -107,11 +107,11 @@ def naive_nsa(
         check_half_rate(q.shape[1], k.shape[1])
 
     def one_sequence(q, k, v, g_slc, g_swa, block_indices, block_counts):
-        m, at = q.shape[1], _positions(q, k)
+        m, at, stands = q.shape[1], _positions(q, k), _stands(q, k)
         if half_rate:
             rows = [q, g_slc, g_swa, block_indices, block_counts]
             q, g_slc, g_swa, block_indices, block_counts = (_even(x) for x in rows)
-            at = at[::2]
+            at, stands = at[::2], stands[::2]
         o = q.new_zeros(*q.shape[:3], v.shape[-1])
         if g_slc is not None:
             o_slc, _ = _selected(
@@ -121,7 +121,7 @@ def naive_nsa(
             o = o + g_slc[..., None] * o_slc
         if g_swa is not None and window_size > 0:
             o_swa, _ = _window(
-                q, k, v, window_size=window_size, scale=scale, at=at,
+                q, k, v, window_size=window_size, scale=scale, at=at, stands=stands,
                 queries_at_once=queries_at_once,
             )  # fmt: skip
             o = o + g_swa[..., None] * o_swa
@@ -320,13 +320,17 @@ def _selected(
     return torch.cat([o for o, _ in parts], 1), torch.cat([x for _, x in parts], 1).mT
 
 
-def _window(q, k, v, *, window_size, scale, at=None, queries_at_once=None):
-    """Attention to the W latest keys: o ``[B, M, HQ, V]``, LSE ``[B, HQ, M]``."""
+def _window(q, k, v, *, window_size, scale, at=None, stands=None, queries_at_once=None):
+    """Attention to the W latest keys: o ``[B, M, HQ, V]``, LSE ``[B, HQ, M]``.
+
+    ``stands`` is what ``at`` holds as a range of Python's: slices need numbers, and asking the
+    tensor for them would wait for the device and end a compiled graph.
+    """
     heads = k.shape[2]
-    at = _positions(q, k) if at is None else at
+    if at is None:
+        at, stands = _positions(q, k), _stands(q, k)
     parts = []
     step = queries_at_once or 512
-    stands = at.tolist()  # once, and not one look at the device for each step
     for i in range(0, q.shape[1], step):
         now = at[i : i + step]
         # Of all keys only those that some row of this step sees.
@@ -430,6 +434,11 @@ def _grouped(q, heads):
 def _positions(q, k):
     m, n = q.shape[1], k.shape[1]
     return torch.arange(n - m, n, device=q.device)
+
+
+def _stands(q, k):
+    m, n = q.shape[1], k.shape[1]
+    return range(n - m, n)
 
 
 def _even(x):

@@ -9,7 +9,33 @@
 =============  ====================================================================================
 
 A matrix or a list of blocks is made when a size is first seen, and kept: ``clear_masks`` lets go
-of them.  Rows that see no key give 0 and have no gradient, in every way.
+of them.  Inside of ``torch.compile`` lists of blocks are made once, while it traces, and become
+part of a graph for that one length (of ``blocks``, with each row of blocks written out in it).  A
+matrix is made there on each call, by arithmetic that the compiler fuses.
+
+``blocks`` keeps O and the LSE of each row for the backward pass, and computes the scores again.
+Beside that there is the pattern's own list, one for all heads: of each row of blocks that has a
+partial one, a byte for every score that is computed.
+
+What each way promises:
+
+==========  ====================================  ==============================================
+way         S and P are held in                   a NaN or inf in v that a row does not see
+==========  ====================================  ==============================================
+``naive``   q's dtype: in float16 a score         reaches every row: it is weighted with 0, and
+            above 65504 is inf                    0 · NaN is NaN
+``sdpa``    float32 by the fused kernels          reaches every row; one in k too, where a
+                                                  kernel adds the matrix to S
+``blocks``  float32                               reaches the queries whose row of blocks reads
+                                                  its block
+``flex``    float32; on a CPU QKᵀ is rounded      the same of the kernel's tiles; on a CPU it
+            to q's dtype first                    reaches every row
+``window``  float32                               reaches the queries whose tile reads its tile
+==========  ====================================  ==============================================
+
+(float64 is computed in float64.)  In each way the error of O against float64 is at most twice, and
+that of a gradient three times, that of plain PyTorch in the same dtype.  A row that sees no key is
+0 and has no gradient.
 
 Taught in chapter 11 (a mask saves nothing).
 """
@@ -24,10 +50,12 @@ from typing import Any
 import torch
 
 from labkit.errors import ArgumentError, check_choice, check_positive_int
+from labkit.flash.recompute import block_of_pairs, delta
+from labkit.online_softmax import finish, identity, update
 from labkit.patterns import masks
 from labkit.patterns.definitions import Local, Pattern
 from labkit.patterns.definitions import pattern as find_pattern
-from labkit.shapes import check_qkv, check_scale
+from labkit.shapes import Sizes, check_qkv, check_scale
 
 __all__ = ["HOWS", "clear_masks", "pattern_attention"]
 
@@ -100,10 +128,12 @@ def pattern_attention(
         return _in_its_order(q, k, v, which, sizes, how_there)
     if how == "window":
         return _window(q, k, v, which, causal, scale)
+    if how == "blocks":
+        return _blocks(q, k, v, which, sizes, bool(causal), scale, block)
     if how == "flex":
         _check_flex(q, k, v, sizes)
     size = (sizes.seq_len_q, sizes.seq_len_k, bool(causal))
-    run = {"naive": _naive, "sdpa": _sdpa, "blocks": _blocks, "flex": _flex}[how]
+    run = {"naive": _naive, "sdpa": _sdpa, "flex": _flex}[how]
     kind = "matrix" if how in ("naive", "sdpa") else how
     return run(q, k, v, _made(kind, which, size, q, block), sizes, scale)
 
@@ -151,25 +181,84 @@ def _sdpa(q, k, v, made, sizes, scale: float) -> torch.Tensor:
     return out if empty is None else out.masked_fill(empty, 0.0)
 
 
-def _blocks(q, k, v, made, sizes, scale: float) -> torch.Tensor:
-    """One row of blocks after another: gather the keys of its blocks, and attend to them."""
-    lines = []
-    for start, stop, keys, mask, empty in made:
-        rows = q[:, :, start:stop]
-        if not len(keys):
-            nothing = rows.new_zeros(*rows.shape[:3], v.shape[3])
-            lines.append(nothing.where(nothing == 0, rows[..., :1]))  # 0, and a gradient of 0
-            continue
-        queries = rows.shape[2]
-        grouped = rows.reshape(sizes.batch, sizes.kv_heads, sizes.group * queries, sizes.head_dim)
-        S = grouped @ k[:, :, keys].transpose(-2, -1) * scale
-        if mask is not None:
-            seen = mask if empty is None else mask | empty
-            S = S.masked_fill(~seen.repeat(sizes.group, 1), float("-inf"))
-        out = torch.softmax(S, dim=-1) @ v[:, :, keys]
-        out = out.view(sizes.batch, sizes.heads, queries, sizes.head_dim_v)
-        lines.append(out if empty is None else out.masked_fill(empty, 0.0))
-    return torch.cat(lines, dim=2)
+def _blocks(q, k, v, which: Pattern, sizes: Sizes, causal: bool, scale: float, block: int):
+    if not _is_real(q):
+        raise ArgumentError(
+            "how", "blocks", "looks at which blocks are empty, and a tensor without data (fake or "
+            "meta) cannot be looked at.", 'Trace how="sdpa" or "naive".',
+        )  # fmt: skip
+    size = (_number(sizes.seq_len_q), _number(sizes.seq_len_k), causal)
+    # What a block is added up in is this way's choice, and not autocast's.
+    with torch.autocast(q.device.type, enabled=False):
+        return _Blocks.apply(q, k, v, which, size, scale, block)[0]
+
+
+class _Blocks(torch.autograd.Function):
+    """One row of blocks after another: gather the keys of its blocks, and attend to them.
+
+    Autograd by itself would keep S and P of every row of blocks.  Here, as in FlashAttention, the
+    backward pass has O and the LSE of each row, and computes P again.
+    """
+
+    @staticmethod
+    def forward(q, k, v, which, size, scale, block):
+        """O ``[B, H, Nq, dv]`` in q's dtype and LSE ``[B, H, Nq]``."""
+        sizes = check_qkv(q, k, v)
+        wide, outputs, lses = _wide(q), [], []
+        for start, stop, keys, seen in _lines_of(which, size, str(q.device), block):
+            Q = _group(q[:, :, start:stop], sizes).to(wide)
+            state = identity(*Q.shape[:3], head_dim_v=sizes.head_dim_v, dtype=wide, device=q.device)
+            if len(keys):
+                S = Q @ k[:, :, keys].to(wide).mT * scale
+                if seen is not None:
+                    S = S.masked_fill(~seen.repeat(sizes.group, 1), float("-inf"))
+                state = update(state, S, v[:, :, keys])
+            O, lse = finish(state)  # noqa: E741
+            rows = (sizes.batch, sizes.heads, stop - start)
+            outputs.append(O.view(*rows, sizes.head_dim_v).to(q.dtype))
+            lses.append(lse.view(rows))
+        return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, *ctx.problem = inputs
+        O, lse = output  # noqa: E741
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(q, k, v, O, lse)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dO, _):
+        q, k, v, O, lse = ctx.saved_tensors  # noqa: E741
+        which, size, scale, block = ctx.problem
+        sizes, wide = check_qkv(q, k, v), _wide(q)
+        with torch.autocast(q.device.type, enabled=False):
+            D = delta(dO, O)
+            # A row that sees no key has LSE = −∞; with ∞ in its place P is 0.
+            lse = lse.masked_fill(lse == float("-inf"), float("inf"))
+            dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
+            for start, stop, keys, seen in _lines_of(which, size, str(q.device), block):
+                if not len(keys):
+                    continue
+                Q, dO_rows, lse_rows, D_rows = (
+                    _group(x[:, :, start:stop], sizes).to(wide) for x in (q, dO, lse, D)
+                )
+                K, V = (x[:, :, keys].to(wide) for x in (k, v))
+                seen = None if seen is None else seen.repeat(sizes.group, 1)
+                P, dS = block_of_pairs(Q, K, V, dO_rows, lse_rows, D_rows, scale, seen)
+                dv.index_add_(2, keys, P.mT @ dO_rows)
+                dk.index_add_(2, keys, scale * (dS.mT @ Q))
+                dq[:, :, start:stop] = (scale * (dS @ K)).view(dq[:, :, start:stop].shape)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _number(length: int) -> int:
+    """A length as a number: ``torch.compile`` may know it as a symbol, and blocks are counted."""
+    return range(length).stop
 
 
 def _flex(q, k, v, made, sizes, scale: float) -> torch.Tensor:
@@ -223,11 +312,11 @@ def _check_flex(q, k, v, sizes) -> None:
         )  # fmt: skip
 
 
-def _group(x: torch.Tensor, sizes) -> torch.Tensor:
+def _group(x: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     """``[B, H, N, …]`` → ``[B, Hkv, group · N, …]``: K and V need no copies."""
     if sizes.group == 1:
         return x
-    return x.reshape(sizes.batch, sizes.kv_heads, sizes.group * x.shape[2], x.shape[3])
+    return x.reshape(sizes.batch, sizes.kv_heads, sizes.group * x.shape[2], *x.shape[3:])
 
 
 # -- what is made once for each size -------------------------------------------------------------
@@ -237,21 +326,30 @@ _made_before: OrderedDict[tuple, Any] = OrderedDict()
 
 
 def clear_masks() -> None:
-    """Let go of the matrices and lists of blocks that earlier calls have made."""
+    """Let go of the matrices and lists of blocks that earlier calls have made.
+
+    Lists that a compiled graph holds go with the graph (``torch.compiler.reset``).
+    """
     _made_before.clear()
 
 
 def _made(kind: str, which: Pattern, size: tuple[int, int, bool], q: torch.Tensor, block: int):
-    if torch.compiler.is_compiling():
-        # Part of the caller's graph, made again on each call: arithmetic that the compiler fuses.
-        return _make(kind, which, size, q.device, block)
-    if type(q) not in (torch.Tensor, torch.nn.Parameter):
-        return _make(kind, which, size, q.device, block)  # of fake tensors nothing may be kept
-    key = (kind, which, size, str(q.device), block if kind != "matrix" else None)
+    if torch.compiler.is_dynamo_compiling() or not _is_real(q):
+        return _make(kind, which, size, q.device, block)  # part of a graph, or not to be kept
+    return _kept(kind, which, size, str(q.device), block)
+
+
+@torch.compiler.assume_constant_result  # a pattern and a length have one list
+def _lines_of(which: Pattern, size: tuple[int, int, bool], device: str, block: int) -> list:
+    return _kept("blocks", which, size, device, block)
+
+
+def _kept(kind: str, which: Pattern, size: tuple[int, int, bool], device: str, block: int):
+    key = (kind, which, size, device, block if kind != "matrix" else None)
     if key not in _made_before:
         # outside inference mode too a later backward pass has to be able to save it
         with torch.inference_mode(False), torch.no_grad():
-            _made_before[key] = _make(kind, which, size, q.device, block)
+            _made_before[key] = _make(kind, which, size, device, block)
         while len(_made_before) > _KEPT:
             _made_before.popitem(last=False)
     _made_before.move_to_end(key)
@@ -268,13 +366,19 @@ def _make(kind: str, which: Pattern, size: tuple[int, int, bool], device: Any, b
     return mask, _empty_rows(mask, which.sees_own and n_q <= n_k)
 
 
+def _is_real(x: torch.Tensor) -> bool:
+    """Whether it holds data; of fake tensors nothing may be kept, and nothing asked."""
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta
+
+
 def _empty_rows(mask: torch.Tensor, none: bool) -> torch.Tensor | None:
     """``[rows, 1]``: which rows see no key; None if there are none, or known to be none."""
     if none:
         return None
     empty = ~mask.any(dim=-1, keepdim=True)
-    real = type(mask) is torch.Tensor and not torch.compiler.is_compiling()
-    return None if real and not bool(empty.any()) else empty
+    if torch.compiler.is_dynamo_compiling() or not _is_real(mask):
+        return empty
+    return empty if bool(empty.any()) else None
 
 
 def _lines(which: Pattern, n_q: int, n_k: int, causal: bool, device: Any, block: int) -> list:
@@ -286,9 +390,8 @@ def _lines(which: Pattern, n_q: int, n_k: int, causal: bool, device: Any, block:
         columns = [c for c, state in enumerate(row) if state != masks.EMPTY]
         spans = [torch.arange(c * block, min((c + 1) * block, n_k)) for c in columns]
         keys = (torch.cat(spans) if spans else torch.arange(0)).to(device)
-        mask = empty = None
+        seen = None
         if any(row[c] == masks.PARTIAL for c in columns):
-            mask = see(torch.arange(start, stop, device=device)[:, None], keys[None, :])
-            empty = _empty_rows(mask, which.sees_own and n_q <= n_k)
-        lines.append((start, stop, keys, mask, empty))
+            seen = see(torch.arange(start, stop, device=device)[:, None], keys[None, :])
+        lines.append((start, stop, keys, seen))
     return lines

@@ -115,10 +115,10 @@ def block_mask(
             "how", "flex", f"needs FlexAttention, and torch {torch.__version__} has none.",
             'Install torch 2.7 or later, or use how="blocks".',
         ) from None  # fmt: skip
-    seen, there = counts(which, n_q, n_k, block, causal, device)
-    # A block that juts out over the edge stays partial: beyond it there is nothing to see.
-    full = (seen == there) & (there == block * block)
-    lists = (*_list((seen > 0) & ~full), *_list(full))
+    # A compiler may know a length as a symbol; the lists are those of one length.
+    n_q, n_k = range(n_q).stop, range(n_k).stop
+    # Copies: torch's own code below cannot be traced over a constant itself.
+    lists = [x.clone() for x in _lists(which, n_q, n_k, block, bool(causal), device)]
     see = visible(which, n_q, n_k, causal, device)
 
     def mask_mod(b, h, t, j):
@@ -135,6 +135,18 @@ def block_mask_bytes(mask: Any) -> int:
     return sum(x.numel() * x.element_size() for x in held)
 
 
+@torch.compiler.assume_constant_result  # in a graph: made while it is traced, not on each call
+def _lists(
+    which: Pattern, n_q: int, n_k: int, block: int, causal: bool, device: Any
+) -> tuple[torch.Tensor, ...]:
+    """Partial and full blocks of each row: two times what ``_list`` gives."""
+    with torch.inference_mode(False), torch.no_grad():
+        seen, there = counts(which, n_q, n_k, block, causal, device)
+        # A block that juts out over the edge stays partial: beyond it there is nothing to see.
+        full = (seen == there) & (there == block * block)
+        return (*_list((seen > 0) & ~full), *_list(full))
+
+
 def _list(state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How many blocks of each row, ``[1, 1, rows]``, and which, those first, int32."""
     order = torch.argsort(state.to(torch.int8), dim=1, descending=True, stable=True)
@@ -146,7 +158,7 @@ def _rows(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """First row and ``[rows, n_k]`` bool, from the top to the bottom."""
     see = visible(which, n_q, n_k, causal, device)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         at_once = n_q  # the compiler fuses what follows, so that the integers are never there
     j = torch.arange(n_k, dtype=torch.int32, device=device)[None, :]
     for start in range(0, n_q, at_once):
