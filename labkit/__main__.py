@@ -303,6 +303,17 @@ def policy(
 
     from labkit import dispatch
 
+    given = click.core.ParameterSource.COMMANDLINE
+    options = {"budget": "--budget", "heads": "--heads", "head_dim": "--head-dim",
+               "batch": "--batch", "device": "--device"}  # fmt: skip
+    idle = [flag for name, flag in options.items() if ctx.get_parameter_source(name) == given]
+    if idle and not measure:
+        raise click.UsageError(
+            f"{', '.join(idle)}: {'says' if len(idle) == 1 else 'say'} what to measure, and "
+            "nothing is measured without --measure. Add --measure, or leave "
+            f"{'it' if len(idle) == 1 else 'them'} out: the table shows all that was measured.",
+            ctx,
+        )  # fmt: skip
     if measure:
         found = _measured_policy(dispatch, heads, head_dim or (64, 128), batch, budget, device)
         kept = found.save(path)
@@ -350,7 +361,8 @@ def _show_policy(found: Any, path: Path) -> None:
     for head in ("head_dim", "heads", "mask", "what", "dtype", "from", "use"):
         shown.add_column(head)
     for kind in found.kinds():
-        asked = {name: kind[name] for name in ("heads", "head_dim", "causal", "training")}
+        names = ("heads", "kv_heads", "head_dim", "causal", "training")
+        asked = {name: kind[name] for name in names}
         fits = {name: value for name, value in kind.items() if name != "batch"}
         here = [p for p in found.points if all(getattr(p, n) == v for n, v in fits.items())]
         for dtype in dict.fromkeys(p.dtype for p in here):

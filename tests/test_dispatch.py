@@ -7,6 +7,7 @@ GPU is in the tests that need one.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -24,6 +25,7 @@ from labkit.dispatch import sdpa as module
 from labkit.dispatch.compute import function, switches_kept
 from labkit.dispatch.seen import backend_of_kernel
 from labkit.errors import ArgumentError
+from labkit.naive import naive_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 flags = torch.backends.cuda
@@ -467,6 +469,23 @@ def test_every_backend_computes_the_same(backend, causal, device):
     assert (switches(), flags.matmul.allow_tf32) == before
 
 
+@pytest.mark.parametrize(("n_q", "n_k"), [(3, 7), (7, 3)])
+def test_what_is_causal_with_other_lengths_is_said_in_masks_that_run(n_q, n_k):
+    q, k, v = draw(1, 1, n_q, 16)[0], *draw(1, 1, n_k, 16)[1:]
+    with pytest.raises(ArgumentError) as refused:
+        dispatch.attention(q, k, v, is_causal=True)
+    assert "labkit.flash.flash_attention" in str(refused.value)
+    diagonals = [int(d) for d in re.findall(r"\.tril\((-?\d+)\)", str(refused.value))]
+    assert diagonals == [0, n_k - n_q]
+    first, second = (torch.ones(n_q, n_k, dtype=torch.bool).tril(d) for d in diagonals)
+    theirs = sdpa(q, k, v, is_causal=True)
+    torch.testing.assert_close(dispatch.attention(q, k, v, attn_mask=first), theirs)
+    ours = naive_attention(q, k, v, causal=True)
+    seeing = second.any(1)
+    out = dispatch.attention(q, k, v, attn_mask=second)
+    torch.testing.assert_close(out[:, :, seeing], ours[:, :, seeing])
+
+
 def test_a_backend_that_cannot_says_why_and_names_those_that_can():
     q, k, v = draw(1, 1, 8, 16)
     mask = torch.ones(8, 8, dtype=torch.bool)
@@ -477,7 +496,14 @@ def test_a_backend_that_cannot_says_why_and_names_those_that_can():
     assert "GPU only" in dispatch.can_run("flash", q, k, v)
     assert "GPU only" in dispatch.can_run("cudnn", q, k, v)
     assert "as many keys" in dispatch.can_run("naive", q, k[:, :, :4], v[:, :, :4], is_causal=True)
+    for backend in ("math", "naive"):
+        with pytest.raises(
+            ArgumentError, match=r"is_causal.*two meanings for 8 queries and 4 keys"
+        ):
+            dispatch.attention(q, k[:, :, :4], v[:, :, :4], backend=backend, is_causal=True)
     assert "float32 on a GPU" in dispatch.can_run("naive", q, k, v, tf32=True)
+    with pytest.raises(ArgumentError, match="None of the others"):
+        dispatch.attention(q, k, v, backend="naive", tf32=True)
     assert "16 to 256" in dispatch.can_run("ours", *draw(1, 1, 8, 8))
     assert "float64" not in dispatch.can_run("ours", *draw(1, 1, 8, 16, dtype=torch.float64))
     assert dispatch.can_run("math", q, k, v) is None

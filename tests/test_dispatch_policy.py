@@ -106,6 +106,30 @@ def test_another_shape_is_answered_by_the_nearest_and_said():
     assert len(both.kinds()) == 2 and both.kinds()[1]["head_dim"] == 128
 
 
+def test_groups_of_another_size_are_another_shape():
+    slow = made(kv_heads=2).points
+    both = Policy(HERE, (*made().points, *(replace(p, ms=3 * p.ms) for p in slow)))
+    assert both.choose(64).ms == made().choose(64).ms == both.choose(64, heads=8).ms
+    grouped = both.choose(90, kv_heads=2)
+    assert grouped.ms == pytest.approx(3 * made().choose(90).ms)
+    assert {p.kv_heads for p in grouped.evidence} == {2} and "in place" not in grouped.why
+    assert "kv_heads 2 in place of 1" in both.choose(64, kv_heads=1).why
+    only = Policy(HERE, slow)
+    assert "kv_heads 2 in place of 8" in only.choose(64, heads=8).why
+    assert "in place" not in only.choose(64).why
+    assert both.crossovers(kv_heads=2) == both.crossovers()
+    assert both.crossing(kv_heads=2).seq_len == 80
+
+
+def test_a_length_measured_twice_counts_once():
+    again = tuple(replace(p, ms=2 * p.ms) for p in made().points)
+    wider = tuple(replace(p, batch=4, ms=p.ms / 2) for p in made().points)
+    for twice in (Policy(HERE, (*again, *made().points)), Policy(HERE, (*made().points, *wider))):
+        assert twice.choose(64).ms == made().choose(64).ms
+        assert twice.choose(90).ms == made().choose(90).ms
+        assert twice.crossovers() == made().crossovers()
+
+
 def test_an_error_that_is_too_large_is_left_out():
     assert made().choose(256, max_error=1e-2).dtype == "float16"
     assert made().choose(256, max_error=1e-3 / 2).dtype != "float16"
@@ -126,6 +150,9 @@ def test_a_lead_within_the_noise_is_called_so():
         ({"seq_len": 0}, "seq_len"),
         ({"seq_len": 64, "heads": 0}, "heads"),
         ({"seq_len": 64, "causal": True}, "was not measured"),
+        ({"seq_len": 64, "kv_heads": 0}, "kv_heads"),
+        ({"seq_len": 64, "max_error": 0}, "max_error"),
+        ({"seq_len": 64, "dtypes_allowed": torch.float16}, "dtypes_allowed.*a dtype"),
         ({"seq_len": 64, "dtypes_allowed": ("float8",)}, "dtypes_allowed"),
         ({"seq_len": 64, "dtypes_allowed": ("bfloat16",)}, "leaves nothing"),
     ],
@@ -388,6 +415,42 @@ def test_when_time_is_up_what_was_measured_is_a_policy():
     assert "Stopped after 1e-06 s" in note and "[8, 16, 24] tokens" in note
 
 
+def test_the_clock_is_read_between_backends(monkeypatch):
+    from labkit.dispatch import measure
+
+    now, begun = [0.0], []
+
+    class Clock:
+        @staticmethod
+        def perf_counter():
+            return now[0]
+
+    def function(backend, q, *rest, **options):
+        begun.append((q.shape[2], backend))
+        now[0] += 1.0
+        return real(backend, q, *rest, **options)
+
+    real = measure.function
+    monkeypatch.setattr(measure, "function", function)
+    monkeypatch.setattr(measure, "time", Clock)
+    asked = dict(heads=1, head_dim=16, causal=False, training=False, dtypes="float32",
+                 device="cpu", backends=("math", "naive", "flash_cpu"))  # fmt: skip
+    # a shape that is not finished in time is left out whole, and nobody is begun after the end
+    found = measure_policy([8, 16, 24, 32], budget_s=4.5, **asked)
+    assert begun == [(32, b) for b in asked["backends"]] + [(8, "math"), (8, "naive")]
+    assert {p.seq_len for p in found.points} == {32} and len(found.points) == 3
+    assert found.notes == ("Stopped after 4.5 s; not or not fully measured: [8, 16, 24] tokens.",)
+    # of the first shape those are timed that are ready
+    now[0] = 0.0
+    found = measure_policy([8, 16], budget_s=1.5, **asked)
+    assert [(p.seq_len, p.backend) for p in found.points] == [(16, "math"), (16, "naive")]
+    assert found.notes[0] == "flash_cpu float32: the time was up (d16 n16)"
+    # and its timing in turns is no longer begun for another
+    now[0] = 0.0
+    found = measure_policy([8, 16], budget_s=5.5, **asked)
+    assert {p.seq_len for p in found.points} == {16}
+
+
 def test_lengths_are_taken_from_both_ends_inwards():
     assert _inwards([1, 2, 3, 4, 5]) == [5, 1, 3, 2, 4]
     assert _inwards([7]) == [7] and _inwards([1, 2]) == [2, 1]
@@ -436,6 +499,20 @@ def test_the_command_shows_winners_and_where_they_came_from(here):
     assert ["64", "8", "–", "forward", "float32", "16", "naive"] in lines
     assert ["64", "8", "–", "forward", "float32", "160", "efficient"] in lines
     assert "Note: a note" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--head-dim", "64"), "--head-dim: says what to measure"),
+        (("--batch", "1", "--budget", "60"), "--budget, --batch: say"),
+    ],
+)
+def test_the_command_refuses_what_it_would_not_heed(here, arguments, named):
+    made().save()
+    result = run(*arguments)
+    assert result.exit_code == 2 and "without --measure" in result.stderr
+    assert named in result.stderr.replace("\n", " ")
 
 
 def test_the_command_says_what_it_ignores(here):

@@ -54,8 +54,9 @@ def attention(
     k, v : ``[batch, kv_heads, seq_len_k, head_dim]``; fewer KV heads than query heads are
         grouped-query attention.
     backend : one of :data:`BACKENDS`.
-    is_causal : query i sees key j when j ≤ i; with as many keys as queries only, since above
-        that SDPA aligns its mask to the top left and labkit to the bottom right.
+    is_causal : query i sees key j when j ≤ i; with as many keys as queries only, since otherwise
+        SDPA aligns its mask to the top left and labkit to the bottom right.  A mask of one's own
+        says which is meant; the error names both.
     attn_mask : as for SDPA; ``"ours"`` and ``"naive"`` take none.
     scale : multiplies QKᵀ; default 1/√head_dim.
     tf32 : multiply float32 in TF32, where the implementation has that choice.
@@ -72,9 +73,20 @@ def attention(
     """
     why = can_run(backend, q, k, v, is_causal=is_causal, attn_mask=attn_mask, tf32=tf32)
     if why is not None:
+        if is_causal and _unequal(q, k):
+            n_q, n_k = q.shape[-2], k.shape[-2]
+            raise ArgumentError(
+                "is_causal", True, f"has two meanings for {n_q} queries and {n_k} keys: SDPA lets "
+                f"query i see j ≤ i, labkit j ≤ i + {n_k - n_q}.",
+                "Pass is_causal=False and, to a backend that takes one, a mask: "
+                f"attn_mask=torch.ones({n_q}, {n_k}, dtype=torch.bool, device=q.device).tril(0) "
+                f"is the first, .tril({n_k - n_q}) the second, which "
+                "labkit.flash.flash_attention(q, k, v, causal=True) computes without a mask.",
+            )  # fmt: skip
+        able = ", ".join(_able(q, k, v, is_causal, attn_mask, tf32))
         raise ArgumentError(
             "backend", backend, f"cannot take these inputs: it {why}.",
-            f"Use one that can: {', '.join(_able(q, k, v, is_causal, attn_mask)) or 'none does'}.",
+            f"Use one that can: {able}." if able else "None of the others takes them either.",
         )  # fmt: skip
     with switches_kept():
         options = {"is_causal": is_causal, "attn_mask": attn_mask, "scale": scale, "tf32": tf32}
@@ -102,7 +114,7 @@ def can_run(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise ArgumentError(name, type(x).__name__, "is not a torch tensor.", "Pass a tensor.")
-    if is_causal and min(q.dim(), k.dim()) > 1 and q.shape[-2] != k.shape[-2]:
+    if is_causal and _unequal(q, k):
         return "takes is_causal only with as many keys as queries here"
     if tf32 and (q.dtype != torch.float32 or q.device.type != "cuda"):
         return "multiplies in TF32 only float32 on a GPU"
@@ -126,8 +138,13 @@ def can_run(
     return None
 
 
-def _able(q, k, v, is_causal, attn_mask) -> list[str]:
-    asked = {"is_causal": is_causal, "attn_mask": attn_mask}
+def _unequal(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether there are not as many keys as queries."""
+    return min(q.dim(), k.dim()) > 1 and q.shape[-2] != k.shape[-2]
+
+
+def _able(q, k, v, is_causal, attn_mask, tf32) -> list[str]:
+    asked = {"is_causal": is_causal, "attn_mask": attn_mask, "tf32": tf32}
     return [name for name in BACKENDS if can_run(name, q, k, v, **asked) is None]
 
 

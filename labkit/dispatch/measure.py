@@ -39,6 +39,10 @@ _LENGTHS = {
 }
 
 
+class _TimeUp(Exception):
+    """The budget ended within a race that is to be run whole."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """One attention problem: ``[batch, heads, seq_len, head_dim]``, as many keys as queries."""
@@ -123,9 +127,12 @@ def measure_policy(
     backends : of ``labkit.dispatch.BACKENDS``; by default all that a program would choose from.
     dtypes : of ``"float32"``, ``"tf32"``, ``"float16"``, ``"bfloat16"``; all by default on a GPU,
         float32 and bfloat16 on a CPU.
-    budget_s : begin no further shape after so many seconds; the first is always measured.  What is
-        left out is in the policy's notes.  Lengths are taken from both ends inwards, so that a
-        policy cut short is coarse and not one-sided.
+    budget_s : stop after so many seconds.  The clock is read before each implementation of a shape
+        and before the shape's timing in turns, so it is late by one of those at most.  A shape
+        that is not finished by then is left out whole, for a race without some of its runners
+        has the wrong winner; of the first one those are timed that are ready, and one at least.
+        What is left out is in the policy's notes.  Lengths are taken from both ends inwards, so
+        that a policy cut short is coarse and not one-sided.
     launch : ``"included"``: each call on an idle GPU, what a program that launches one call after
         another pays for a short one; ``"hidden"``: the GPU's part alone.
     device : ``"cuda"`` or ``"cpu"``; the GPU if there is one.
@@ -179,11 +186,14 @@ def measure_policy(
     for index, shape in enumerate(shapes):
         if progress is not None:
             progress(index, len(shapes), f"{shape.seq_len} tokens")
-        if points and time.perf_counter() > end:
+        try:
+            rows, said = race(
+                shape, chosen, held, device=device, launch=launch, until=end, whole=bool(points)
+            )
+        except _TimeUp:
             left = sorted({s.seq_len for s in shapes[index:]})
             notes.append(f"Stopped after {budget_s:g} s; not or not fully measured: {left} tokens.")
             break
-        rows, said = race(shape, chosen, held, device=device, launch=launch)
         notes += said
         points += [_to_point(row) for row in rows]
     if not points:
@@ -231,6 +241,8 @@ def race(
     max_samples: int = 15,
     largest_scores: int = _LARGEST_SCORES,
     samples: bool = False,
+    until: float | None = None,
+    whole: bool = False,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Check each implementation of one shape against float64, then time all in turns.
 
@@ -241,22 +253,43 @@ def race(
     attn_mask : makes the mask ``[Nq, Nk]`` for a dtype.
     largest_scores : leave out who writes S where it would have more elements.
     samples : put the samples into the rows.
+    until : a time of ``time.perf_counter()``: nobody is begun after it but the first.
+    whole : not even the first, and nobody is timed either: everybody or nobody.
 
     Returns
     -------
     tuple
         rows (``Point``'s fields and ``method``; ``samples_ms``), and notes on who was left out.
+
+    Raises
+    ------
+    _TimeUp
+        if ``whole``, and ``until`` came before everybody was ready to be timed.
     """
+
+    def time_is_up() -> bool:
+        if until is None or time.perf_counter() <= until:
+            return False
+        if whole:
+            raise _TimeUp
+        return bool(calls)
+
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     errors: dict[tuple[str, str], float] = {}
     notes: list[str] = []
     with switches_kept(), torch.set_grad_enabled(shape.training):
         for dtype in dtypes:
+            if time_is_up():
+                notes.append(f"{dtype}: the time was up")
+                continue
             q, k, v, dout = shape.draw(dtype, device)
             mask = attn_mask(dtype) if attn_mask is not None else None
             oracle = _Oracle(q, k, v, dout, shape, mask)
             for backend in backends:
                 who = (backend, dtype)
+                if time_is_up():
+                    notes.append(f"{backend} {dtype}: the time was up")
+                    continue
                 try:
                     if why := _left_out(who, shape, q, k, v, mask, largest_scores):
                         notes += [] if why == _NOT_MEANT else [f"{backend} {dtype}: {why}"]
@@ -274,6 +307,7 @@ def race(
                 except Exception as error:  # one implementation fewer, not one shape fewer
                     notes.append(f"{backend} {dtype}: {_first_line(error)}")
                     _release(device)
+        time_is_up()
         timings, said = timed(
             calls, warmup_ms=warmup_ms, rep_ms=rep_ms, max_samples=max_samples, device=device,
             launch=launch,

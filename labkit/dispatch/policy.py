@@ -26,7 +26,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from labkit.errors import ArgumentError, LabError, check_positive_int
+from labkit.errors import (
+    ArgumentError,
+    LabError,
+    check_choice,
+    check_positive_int,
+    check_positive_number,
+)
 
 __all__ = [
     "Choice", "Crossing", "Point", "Policy", "PolicyIgnored", "Segment", "load_policy", "machine",
@@ -164,6 +170,7 @@ class Policy:
         heads: int | None = None,
         head_dim: int | None = None,
         batch: int | None = None,
+        kv_heads: int | None = None,
         causal: bool = False,
         training: bool = False,
         dtypes_allowed: Iterable[str] | None = None,
@@ -175,8 +182,9 @@ class Policy:
         Parameters
         ----------
         seq_len : tokens, queries and keys.
-        heads, head_dim, batch : the shape; the nearest measured one stands in, and ``why`` says
-            so.  None: whichever was measured.
+        heads, head_dim, batch, kv_heads : the shape; the nearest measured one stands in, and
+            ``why`` says so.  None: whichever was measured (of kv_heads: as many as heads, if
+            heads are given).
         causal, training : the mask; forward and backward, or forward alone.
         dtypes_allowed, backends_allowed : leave the others out; all by default.  The policy knows
             what is fast; that float16 is accurate and wide enough for a model is for its owner to
@@ -186,11 +194,11 @@ class Policy:
         Raises
         ------
         ArgumentError
-            if nothing of the kind was measured, or all of it is left out; the message says what
-            was.
+            for a size that is none, an unknown dtype, or an error that is not positive; if nothing
+            of the kind was measured, or all of it is left out: the message says what was.
         """
         seq_len = check_positive_int("seq_len", seq_len)
-        asked = {"heads": heads, "head_dim": head_dim, "batch": batch}
+        asked = {"heads": heads, "head_dim": head_dim, "batch": batch, "kv_heads": kv_heads}
         allowed = _Allowed(dtypes_allowed, backends_allowed, max_error)
         lines, stands_in = self._lines(asked, causal, training, allowed)
         lengths = sorted({p.seq_len for line in lines.values() for p in line})
@@ -281,11 +289,11 @@ class Policy:
         causal, training = asked.pop("causal", False), asked.pop("training", False)
         names = ("dtypes_allowed", "backends_allowed", "max_error")
         allowed = _Allowed(*(asked.pop(n, None) for n in names))
-        shape = {n: asked.pop(n, None) for n in ("heads", "head_dim", "batch")}
+        shape = {n: asked.pop(n, None) for n in ("heads", "head_dim", "batch", "kv_heads")}
         if asked:
             raise ArgumentError(
                 next(iter(asked)), next(iter(asked.values())), "is not known.",
-                "Known: heads, head_dim, batch, causal, training, dtypes_allowed, "
+                "Known: heads, head_dim, batch, kv_heads, causal, training, dtypes_allowed, "
                 "backends_allowed, max_error.",
             )  # fmt: skip
         return self._lines(shape, causal, training, allowed)
@@ -303,19 +311,24 @@ class Policy:
                 f"Measure it, or ask for one of {self.kinds()}.",
             )  # fmt: skip
         stands_in = []
-        for name in ("head_dim", "heads", "batch"):
+        for name in ("head_dim", "heads", "kv_heads", "batch"):
             wanted = asked[name]
-            if wanted is None:
-                wanted = getattr(points[0], name) if name != "batch" else None
-            else:
+            if wanted is not None:
                 wanted = check_positive_int(name, wanted)
-            if wanted is None:
+            elif name == "batch":
                 continue
+            elif name == "kv_heads" and asked["heads"] is not None:
+                wanted = points[0].heads
+            else:
+                wanted = getattr(points[0], name)
             there = {getattr(p, name) for p in points}
             near = min(there, key=lambda n, w=wanted: (abs(math.log(n / w)), n))
             if near != wanted:
                 stands_in.append(f"{name} {near} in place of {wanted}")
             points = [p for p in points if getattr(p, name) == near]
+        # Times of two batches are no line: of each length those of its first one count.
+        batch: dict[int, int] = {}
+        points = [p for p in points if p.batch == batch.setdefault(p.seq_len, p.batch)]
         kept = [p for p in points if allowed(p)]
         if not kept:
             worst: dict[tuple[str, str], float] = {}
@@ -329,7 +342,10 @@ class Policy:
             )  # fmt: skip
         lines: dict[tuple[str, str], list[Point]] = {}
         for p in sorted(kept, key=lambda p: p.seq_len):
-            lines.setdefault((p.backend, p.dtype), []).append(p)
+            line = lines.setdefault((p.backend, p.dtype), [])
+            if line and line[-1].seq_len == p.seq_len:  # measured twice: the faster counts
+                p = min(line.pop(), p, key=lambda p: p.ms)
+            line.append(p)
         return lines, ", ".join(stands_in)
 
     # -- keeping -----------------------------------------------------------------------------
@@ -369,16 +385,22 @@ class _Allowed:
     max_error: float | None
 
     def __post_init__(self) -> None:
-        from labkit.errors import check_choice
-
         for name in ("dtypes", "backends"):
             value = getattr(self, name)
             if isinstance(value, str):
                 value = (value,)
-            if value is not None:
-                object.__setattr__(self, name, tuple(value))
+            if value is None:
+                continue
+            if not isinstance(value, Iterable):
+                raise ArgumentError(
+                    f"{name}_allowed", value, f"is a {type(value).__name__}.",
+                    "Pass names, such as ('float16', 'bfloat16') or ('flash', 'ours').",
+                )  # fmt: skip
+            object.__setattr__(self, name, tuple(value))
         for dtype in self.dtypes or ():
             check_choice("dtypes_allowed", dtype, _DTYPES)
+        if self.max_error is not None:
+            check_positive_number("max_error", self.max_error)
 
     def __call__(self, point: Point) -> bool:
         return (
