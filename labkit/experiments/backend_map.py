@@ -3,14 +3,14 @@ r"""Which implementation of attention wins where, and what SDPA picks by itself.
 Parts, each of which may be missing from a result with the reason among its notes:
 
 ``switch``
-    claim C24: at the report's shape, what SDPA picks at each of many lengths around 1024, and
-    which kernels that backend then launches; and what the report's recipe for forcing flash
-    attention really runs.
+    claim C24: at the shape that we took for the report's, what SDPA picks at each of many lengths
+    around 1024, and which kernels that backend then launches; and what the report's recipe for
+    forcing flash attention really runs.
 ``layer``
-    claim C20: a training step of the report's layer and of a larger one, float32 against half
-    precision, by length.
+    claim C20: a training step of that layer and of a larger one, float32 against half precision,
+    by length.
 ``policy``
-    the same of attention alone: ``labkit.dispatch.measure_policy`` at the report's shape.
+    the same of attention alone: ``labkit.dispatch.measure_policy`` at that shape.
 ``map``
     SDPA's flash, cuDNN, efficient and math, labkit.flash and naive attention, by head_dim,
     seq_len, dtype and mask, forward and with the backward pass: the GPU's time, in turns.  With
@@ -52,7 +52,7 @@ NEEDS_GPU = False
 #: what ``run`` measures, in order
 PARTS = ("switch", "layer", "policy", "map")
 _TOKENS, _WIDTH = 8192, 1024
-#: the report's layer: batch is not stated there, dim 256 in 4 heads
+#: the layer that stands for the report's, which states no size: dim 256 in 4 heads, batch 4
 _REPORT = {"batch": 4, "heads": 4, "kv_heads": 4, "head_dim": 64}
 _FUSED = ("flash", "cudnn", "efficient")
 _TORCH = (*_FUSED, "math", "flash_cpu")
@@ -461,7 +461,7 @@ def _rounded(samples: Sequence[float]) -> list[float]:
 
 
 def _policy(result: Result, plan: dict[str, Any], device: str, _: None) -> None:
-    """Attention alone at the report's shape, as a policy measures it."""
+    """Attention alone at the shape taken for the report's, as a policy measures it."""
     from dataclasses import asdict
 
     from labkit.dispatch import measure_policy

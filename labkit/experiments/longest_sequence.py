@@ -1,7 +1,8 @@
 r"""The longest sequence that fits: predicted by the budget, then found by bisection.
 
-A model of two layers, at the report's size and at a realistic one, without a mask; a forward pass
-without gradients, a training step with a fused AdamW, and the same with checkpointed layers.
+A model of two layers, at a small size and at a realistic one, without a mask; a forward pass
+without gradients, a training step with a fused AdamW, and the same with checkpointed layers.  The
+small size is called ``report``: the report states none, and it is the one that we took for it.
 
 Predicted is the longest seq_len whose budget (``labkit.layers.budget``) is within the memory.
 Then it is tried.  On a GPU torch's allocator is held to that memory, and a length fits if the

@@ -222,7 +222,8 @@ def _attention(config: Any, x: Any, heads: int) -> Callable[[], Any]:
 
 
 def _training(result: Result, plan: dict[str, Any], device: str, n: int) -> None:
-    """Forward and backward of the report's layers, float32 and autocast, original and SDPA."""
+    """Forward and backward of the layers that stand for the report's: float32 and autocast,
+    original and SDPA."""
     import torch
 
     shape = {**SIZES["report"], "seq_len": n}

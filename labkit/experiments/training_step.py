@@ -1,8 +1,9 @@
 r"""A training step in each precision: its time, and its memory by part, predicted and measured.
 
-The stacks are those of ``layer_forward``: two layers at the report's size and at a realistic one,
-without a mask.  A step is forward, backward and a fused AdamW; each configuration is a backend of
-``labkit.layers`` with a precision of ``labkit.layers.training``.
+The stacks are those of ``layer_forward``: two layers at a small size (called ``report``, our choice
+where the report states none) and at a realistic one, without a mask.  A step is forward, backward
+and a fused AdamW; each configuration is a backend of ``labkit.layers`` with a precision of
+``labkit.layers.training``.
 
 ``time``
     a step, launches included, as a program that waits for its loss has it; and the GPU alone,

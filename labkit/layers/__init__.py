@@ -5,7 +5,7 @@ file                    holds                                                   
 ======================  ===============================================================  =======
 ``attention.py``        one attention, five ways to compute it; which can run here       10
 ``layer.py``            the layer: projections, attention, residual, feed-forward        10, 11
-``model.py``            a stack of layers, at the report's size and at a realistic one   10
+``model.py``            a stack of layers, at a small size and at a realistic one        10
 ``training.py``         one training step in each precision, overflow named              10
 ``overflow.py``         which tensor was the first that held no number                   10
 ``budget.py``           bytes of a model, part by part, without torch                    10
