@@ -102,6 +102,22 @@ def test_candidates_only_where_the_kernels_can_run():
             assert hopper_backward.candidates(other) == []
 
 
+@pytest.mark.parametrize("d", [64, 128])
+def test_a_near_window_has_tiles_of_its_own(d):
+    """Few keys a row: narrow tiles, whose masked scores are fewer, and a choice kept apart."""
+    far = problem("forward", d, windowed=True)
+    near = replace(far, near=True)
+    assert hopper.candidates(far) == hopper.candidates(problem("forward", d))
+    assert hopper.candidates(near)[0].block_n < hopper.candidates(far)[0].block_n
+    assert near.key != far.key != problem("forward", d).key
+
+    q, k = (torch.zeros(1, 2, n, d, dtype=torch.float16) for n in (70, 9))
+    for window, wanted in ((None, False), (1, True), (tuning.NEAR, True), (tuning.NEAR + 1, False)):
+        call = launch.Call(True, 0.1, window, "ieee", 70, 9)
+        made = launch._problem("forward", call, q, k, k, 2, 1, True, None)
+        assert (made.near, made.windowed) == (wanted, window is not None), window
+
+
 @pytest.mark.parametrize("module", (hopper, hopper_backward), ids=lambda m: m.__name__)
 def test_without_a_hopper_card_there_is_a_reason(monkeypatch, module):
     q = torch.zeros(1, 2, 64, 128, dtype=torch.bfloat16)
@@ -197,6 +213,27 @@ def test_every_configuration_is_within_the_bound(case, d):
         got = gradients(case, config_kv, config_q, tensors)
         for name, figures in judge(case, tensors, got).items():
             assert figures["ratio"] <= 1, f"{name} {config_kv} {config_q}: {figures}"
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("window", [1, 64, 300, tuning.NEAR])
+@pytest.mark.parametrize("d", [64, 128])
+def test_programs_that_take_turns_are_within_the_bound(window, d):
+    """More tiles of queries than multiprocessors: each program does several, one after another."""
+    from labkit.experiments._flash_worker import judge
+
+    case = Case(1500, 1700, d=d, heads=40, kv_heads=8, causal=window != 300, window=window,
+                dtype="bfloat16")  # fmt: skip
+    tensors = q, k, v, _ = make(case, "cuda")
+    how = {"scale": d**-0.5, "causal": case.causal, "window": window}
+    for config in hopper.candidates(problem("forward", d, windowed=True, near=True)):
+        assert -(-1500 // config.block_m) * 40 > 2 * 132
+        got = {"o": torch.full_like(q, float("nan")), "lse": torch.zeros_like(q[..., 0]).float()}
+        for _ in range(3):
+            hopper.forward(q, k, v, got["o"], got["lse"], **how, config=config)
+        for name, figures in judge(case, tensors, got).items():
+            assert figures["ratio"] <= 1, f"{name} {config}: {figures}"
 
 
 @pytest.mark.gpu

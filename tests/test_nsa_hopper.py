@@ -40,7 +40,7 @@ from labkit.nsa.call import Call
 JITFunction.run = child._compile_only
 child.wanted.add("forward_kernel")
 driver.set_active(child.Elsewhere(90))
-for d, index, group, block, varlen in json.load(sys.stdin):
+for d, index, group, block, varlen, more in json.load(sys.stdin):
     child.compiled.clear()
     q, k = (torch.empty(1, 300, h, d, dtype=torch.bfloat16) for h in (2 * group, 2))
     cu = torch.tensor([0, 100, 300], dtype=torch.int32) if varlen else None
@@ -48,15 +48,21 @@ for d, index, group, block, varlen in json.load(sys.stdin):
     union = [torch.empty(1, 2, 40, 5, dtype=torch.int32) for _ in range(3)]
     config = hopper.CONFIGS[d][index]
     lse = torch.empty(1, 2 * group, 300)
-    hopper._Plan(q, k, k, q, call, 5, config)(q, k, k, q, lse, union, call)
+    plan = hopper._Plan(q, k, k, q, call, 5, config, more)
+    plan(q, k, k, q, (q, q), lse, lse, union, call)
     kernel = child.compiled[-1][1]
     usage, sass = child._read_binary(kernel.asm["cubin"], True)
     print(json.dumps([usage, sass, kernel.metadata.shared]))
 """
 
-#: (head_dim, number of the configuration, group, block_size, varlen)
-WANTED = [(d, i, 16, 64, False) for d, known in hopper.CONFIGS.items() for i in range(len(known))]
-WANTED += [(128, 0, 16, 64, True), (128, 0, 8, 128, False)]
+#: (head_dim, number of the configuration, group, block_size, varlen, branches to add)
+WANTED = [
+    (d, i, 16, 64, False, 0) for d, known in hopper.CONFIGS.items() for i in range(len(known))
+]
+WANTED += [(128, 0, 16, 64, True, 0), (128, 0, 8, 128, False, 0)]
+WANTED += [(128, 0, 16, 64, False, 1), (128, 0, 16, 64, False, 2)]
+#: bytes of a thread that may wait in memory: what the sum needs, once, after the last block
+SPILLS = {0: 0, 1: 32, 2: 64}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +85,7 @@ def test_every_configuration_fits_the_card(compiled):
         config = hopper.CONFIGS[name[0]][name[1]]
         groups, registers, loader = hopper._GROUPS[config.by_hand]
         assert shared <= 227 * 1024, name
-        assert int(numbers["STACK"]) + int(numbers["LOCAL"]) == 0, f"{name}: spills"
+        assert int(numbers["STACK"]) + int(numbers["LOCAL"]) <= SPILLS[name[5]], f"{name}: spills"
         # what every warp starts with; the groups then divide the multiprocessor among themselves
         assert int(numbers["REG"]) * 128 * (groups + 1) <= 65536, name
         assert 128 * (groups * registers + loader) <= 65536, name
@@ -97,7 +103,7 @@ def test_the_loader_hands_its_registers_over(compiled):
 def test_products_take_no_detour(compiled):
     """wgmma, and not one wait per instruction: a serialised product would bring its own."""
     for name, (_, sass, _) in compiled.items():
-        d, index, _, block, _ = name
+        d, index, _, block, *_ = name
         config = hopper.CONFIGS[d][index]
         groups = hopper._GROUPS[config.by_hand][0]
         per_tile = d // 16 + config.block_n // 16
@@ -148,3 +154,71 @@ def test_a_tile_has_a_bit_for_each_of_its_queries():
             config = hopper.config_for(q, q[:, :, :1], CALL)
             assert hopper.tile_of(group, config) * group == config.block_m
             assert hopper.tile_of(group, config) <= 32
+
+
+# -- the sum as its last step --------------------------------------------------------------------
+
+
+def test_what_can_be_added():
+    """Where Q's place is free and the copy engine finds the others where it finds O."""
+    q = torch.zeros(2, 33, 32, 128, dtype=torch.bfloat16)
+    assert hopper.can_add(q, [q], CALL) and hopper.can_add(q, [q, q], CALL)
+    assert not hopper.can_add(q, [], CALL) and not hopper.can_add(q, [q] * 3, CALL)
+    assert not hopper.can_add(q, [q.half()], CALL) and not hopper.can_add(q, [q[:, :-1]], CALL)
+    assert not hopper.can_add(q, [q, q.transpose(0, 1).contiguous().transpose(0, 1)], CALL)
+    assert not hopper.can_add(q[..., :64], [q[..., :64].contiguous()], CALL)
+    cu = torch.tensor([0, 33], dtype=torch.int32)
+    assert not hopper.can_add(q, [q], replace(CALL, cu=cu))
+
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+def _whole(kind: str, n: int, off: str | None, gates: str):
+    """q, k, v in ``kind`` and gates, one of which may be off."""
+    from labkit.dtypes import torch_dtype
+
+    dtype = torch_dtype(kind)
+    torch.manual_seed(n)
+    q, k, v = (torch.randn(2, n, h, 128, device="cuda", dtype=dtype) for h in (32, 2, 2))
+    g = {name: torch.rand(2, n, 32, 2, device="cuda")[..., 0] for name in ("cmp", "slc", "swa")}
+    g = {name: x.to(dtype if gates == "same" or (gates == "mixed" and name == "slc") else x.dtype)
+         for name, x in g.items()}  # fmt: skip
+    return q, k, v, [None if name == off else x for name, x in g.items()]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    ("kind", "n", "off", "gates"),
+    [("bfloat16", 1, None, "same"), ("bfloat16", 65, None, "float32"),
+     ("float16", 500, None, "same"),
+     ("bfloat16", 1500, None, "mixed"), ("bfloat16", 500, "cmp", "same"),
+     ("float16", 300, "swa", "float32"), ("bfloat16", 4097, None, "same")],
+)  # fmt: skip
+def test_the_sum_is_no_worse_than_the_sum_of_the_branches(monkeypatch, kind, n, off, gates):
+    """In one kernel and in four: the same branches, and an error that is no larger."""
+    from labkit.nsa import nsa_func, ops
+
+    q, k, v, g = _whole(kind, n, off, gates)
+    used, add = [], ops.add_selected
+    monkeypatch.setattr(ops, "add_selected", lambda *a: used.append(add(*a)) or used[-1])
+    with torch.no_grad():
+        together, weights = nsa_func(q, k, v, *g, window_size=100, return_attn_weights=True)
+        again = [nsa_func(q, k, v, *g, window_size=100) for _ in range(5)]
+    assert all(x is not None for x in used) and len(used) == 6
+    assert all(torch.equal(together, x) for x in again)
+    apart, known = nsa_func(q.requires_grad_(), k, v, *g, window_size=100, return_attn_weights=True)
+    assert torch.equal(weights["selection"]["lse"], known["selection"]["lse"])
+    wide = [None if x is None else x.double() for x in g]
+    alone = [nsa_func(q.detach(), k, v, *[
+        None if x is None else torch.ones_like(x) if i == j else torch.zeros_like(x)
+        for j, x in enumerate(g)
+    ]) for i in range(3) if g[i] is not None]  # fmt: skip
+    wanted = sum(
+        w[..., None] * o.double()
+        for w, o in zip([w for w in wide if w is not None], alone, strict=True)
+    )
+    ours = (together.double() - wanted).norm()
+    theirs = (apart.detach().double() - wanted).norm()
+    assert ours <= 2 * theirs + 1e-6 * wanted.norm(), (ours, theirs)

@@ -29,6 +29,11 @@ What changes is *who does it and when*.  Triton decides that itself; Gluon
 4. **P stays in registers.**  The accumulator of one ``wgmma`` has the layout that the next wants
    of a left factor: the rounding to 16 bits is all that is left to do.
 
+**Near windows** need one decision more.  A row then sees a few tiles of keys, and a program that
+does one tile of queries spends a good part of its life waiting: for its first keys at the start,
+for its output to leave at the end.  There each multiprocessor gets one program, which takes its
+tiles of queries in ``TURNS``: the loader brings the next Q while this one is worked on.
+
 At head_dim 128 a group needs the registers of decision 3 (S, P and O of 64 rows, at once), and two
 groups of 240 registers a thread fill the multiprocessor.  At head_dim 64 the exponentials take
 as long as the products, and it pays more to have a third group: three of 160 registers, which
@@ -46,7 +51,7 @@ What was tried and gave nothing or less on an H200 (chapter 08 quotes what was k
   the tensor cores seems to make them alternate anyway;
 - one program per multiprocessor that takes its tiles in a fixed order: no gain without a mask and
   a loss with one, where tiles differ in length.  The hardware hands out the next tile when a
-  multiprocessor is free, and no fixed order knows when that is;
+  multiprocessor is free, and no fixed order knows when that is.  Under a near window it pays;
 - one or two of four exponentials as a polynomial on the multiply-add units: no gain, and a loss;
 - one group of eight warps for 128 rows instead of two of four: a clear loss.  They wait for each
   other at every barrier;
@@ -78,7 +83,7 @@ from labkit.flash.gluon import (
     warpgroup_mma_wait,
 )
 from labkit.flash.masking import key_bounds
-from labkit.flash.tuning import Config, Problem
+from labkit.flash.tuning import NEAR, Config, Problem
 
 __all__ = ["CONFIGS", "candidates", "forward", "plan", "supports"]
 
@@ -96,6 +101,19 @@ CONFIGS = {
         Config(128, 128, 4, 3, True, "overlap"),
     ],
     128: [Config(128, 128, 4, 2, True, "overlap")],
+}
+#: the same where a window is near (``tuning.NEAR``): fewer scores of narrow tiles are masked
+_NEAR = {
+    64: [
+        Config(192, 64, 4, 4, True, "three"),
+        Config(128, 64, 4, 4, True, "overlap"),
+        *CONFIGS[64],
+    ],
+    128: [
+        Config(128, 64, 4, 4, True, "overlap"),
+        Config(192, 64, 4, 3, True, "three"),
+        *CONFIGS[128],
+    ],
 }
 
 #: groups that compute, registers per thread of theirs, and of the loader.  A multiprocessor has
@@ -146,6 +164,16 @@ def _hide(
     return gl.where(seen, s, float("-inf"))
 
 
+@jit
+def _place(at, order, BLOCK_M: gl.constexpr, CAUSAL: gl.constexpr):
+    """Batch element, head, KV head, first element of LSE and first row of a tile of queries."""
+    tiles, heads, all_heads, share, section, Nq = order
+    # Under a causal mask the longest tiles start first, `section` heads at a time.
+    tile, bh = which_tile(at, tiles, all_heads, section, CAUSAL)
+    head = bh % heads
+    return bh // heads, head, head // share, bh.to(gl.int64) * Nq, tile * BLOCK_M
+
+
 # -- the loader ------------------------------------------------------------------------------------
 
 
@@ -170,22 +198,50 @@ def _copy(described, batch, head, row, full, tile):
 def _load(
     args,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
-    CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """One warp: Q once, then K and V of each tile of keys, as the slots become empty."""
-    q, k, v, Q, ring, q_full, place, sizes = args
+    """One warp: all that the tiles of queries of this program need, in their order."""
+    n, turn, order = 0, 0, args[6]
+    if TURNS > 1:
+        for at in range(gl.program_id(0), order[0] * order[2], gl.num_programs(0)):
+            n = _load_tile(
+                args, at, turn, n,
+                BLOCK_M, BLOCK_N, STAGES, GROUPS, CAUSAL, WINDOW, TURNS,
+            )  # fmt: skip
+            turn += 1
+    else:
+        _load_tile(
+            args, gl.program_id(0), turn, n,
+            BLOCK_M, BLOCK_N, STAGES, GROUPS, CAUSAL, WINDOW, TURNS,
+        )  # fmt: skip
+
+
+@jit
+def _load_tile(
+    args, at, turn, n,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """Q once, then K and V of each tile of keys, as the slots become empty."""
+    q, k, v, Q, ring, queue, order, sizes = args
     K, V, k_full, k_empty, v_full, v_empty = ring
-    batch, head, kv_head, first = place
+    q_full, q_empty = queue
+    batch, head, kv_head, _, first = _place(at, order, BLOCK_M, CAUSAL)
     Nq, Nk, window = sizes
     begin, _, _, end = _key_tiles(first, BLOCK_M, Nq, Nk, window, BLOCK_N, CAUSAL, WINDOW)
 
-    mbarrier.expect(q_full, GROUPS * q.block_type.nbytes)
+    slot = turn % TURNS
+    if TURNS > 1:
+        mbarrier.wait(q_empty.index(slot), ((turn // TURNS) & 1) ^ 1)
+    mbarrier.expect(q_full.index(slot), GROUPS * q.block_type.nbytes)
     for group in gl.static_range(GROUPS):
-        _copy(q, batch, head, first + group * (BLOCK_M // GROUPS), q_full, Q.index(group))
-    for n in range(end - begin):
-        key = (end - 1 - n) * BLOCK_N
-        _fetch(k, batch, kv_head, key, n, K, k_full, k_empty, STAGES)
-        _fetch(v, batch, kv_head, key, n, V, v_full, v_empty, STAGES)
+        row = first + group * (BLOCK_M // GROUPS)
+        _copy(q, batch, head, row, q_full.index(slot), Q.index(slot * GROUPS + group))
+    for i in range(end - begin):
+        key = (end - 1 - i) * BLOCK_N
+        _fetch(k, batch, kv_head, key, n + i, K, k_full, k_empty, STAGES)
+        _fetch(v, batch, kv_head, key, n + i, V, v_full, v_empty, STAGES)
+    return n + (end - begin)
 
 
 # -- the consumers ---------------------------------------------------------------------------------
@@ -299,13 +355,38 @@ def _pass_over(count, n, ring, STAGES: gl.constexpr):
 def _attend(
     args,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    GROUPS: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, OVERLAP: gl.constexpr,
-    GROUP: gl.constexpr,
+    GROUPS: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, TURNS: gl.constexpr,
+    OVERLAP: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: (m, l, O) of its rows over all tiles of keys, then O / l and LSE."""
-    out, lse, scale, Q, ring, q_full, place, sizes = args
+    """A warpgroup: its rows of each tile of queries of this program."""
+    n, turn, order = 0, 0, args[6]
+    if TURNS > 1:
+        for at in range(gl.program_id(0), order[0] * order[2], gl.num_programs(0)):
+            n = _attend_tile(
+                args, at, turn, n,
+                BLOCK_M, BLOCK_N, D, STAGES, GROUPS, CAUSAL, WINDOW, TURNS, OVERLAP, GROUP,
+            )  # fmt: skip
+            turn += 1
+    else:
+        _attend_tile(
+            args, gl.program_id(0), turn, n,
+            BLOCK_M, BLOCK_N, D, STAGES, GROUPS, CAUSAL, WINDOW, TURNS, OVERLAP, GROUP,
+        )  # fmt: skip
+    tma.store_wait(0)
+
+
+@jit
+def _attend_tile(
+    args, at, turn, n,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, TURNS: gl.constexpr,
+    OVERLAP: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """(m, l, O) of 64 rows over all tiles of keys, then O / l and LSE."""
+    out, lse, scale, Q, ring, queue, order, sizes = args
     _, V, _, k_empty, v_full, v_empty = ring
-    batch, head, lse_row, first = place
+    q_full, q_empty = queue
+    batch, head, _, lse_row, first = _place(at, order, BLOCK_M, CAUSAL)
     Nq, Nk, window = sizes
     ROWS: gl.constexpr = BLOCK_M // GROUPS
     WARPS: gl.constexpr = gl.num_warps()
@@ -318,15 +399,19 @@ def _attend(
         row, ROWS, Nq, Nk, window, BLOCK_N, CAUSAL, WINDOW
     )
     tile_begin, _, _, tile_end = _key_tiles(first, BLOCK_M, Nq, Nk, window, BLOCK_N, CAUSAL, WINDOW)
-    n = 0
     if CAUSAL or WINDOW:
         n = _pass_over(tile_end - end, n, ring, STAGES)
 
     m = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S))
     l = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, S))
     o = gl.zeros([ROWS, D], gl.float32, layout=O)
-    q = Q.index(GROUP)
-    mbarrier.wait(q_full, 0)
+    if TURNS > 1:  # noqa: SIM102 (one is known when compiling, the other is not)
+        if turn > 0:
+            # The output of the tile before has left by now: its place may hold the Q after next.
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index((turn - 1) % TURNS), count=1)
+    q = Q.index(turn % TURNS * GROUPS + GROUP)
+    mbarrier.wait(q_full.index(turn % TURNS), (turn // TURNS) & 1)
     if OVERLAP:
         # The first tile has no product before it.
         slot = n % STAGES
@@ -382,7 +467,7 @@ def _attend(
     fence_async_shared()
     tile = q._reinterpret(V.dtype, out.block_shape, out.layout)
     tma.async_copy_shared_to_global(out, [batch, head, row, 0], tile)
-    tma.store_wait(0)
+    return n
 
 
 # -- the program -----------------------------------------------------------------------------------
@@ -394,22 +479,25 @@ def forward_kernel(
     scale, heads, all_heads, share, Nq, Nk, tiles, section, window,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     GROUPS: gl.constexpr, REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
-    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, OVERLAP: gl.constexpr,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, TURNS: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers and places, then each warp goes to its own work."""
     WARPS: gl.constexpr = gl.num_warps()
     # 128-byte rows, their 16-byte pieces permuted: what TMA writes and wgmma reads unconflicted.
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    Q = gl.allocate_shared_memory(q.dtype, [GROUPS, BLOCK_M // GROUPS, D], TILE)
+    Q = gl.allocate_shared_memory(q.dtype, [TURNS * GROUPS, BLOCK_M // GROUPS, D], TILE)
     K = gl.allocate_shared_memory(q.dtype, [STAGES, BLOCK_N, D], TILE)
     V = gl.allocate_shared_memory(q.dtype, [STAGES, BLOCK_N, D], TILE)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [TURNS, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [TURNS, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    mbarrier.init(q_full, count=1)
+    for slot in gl.static_range(TURNS):
+        mbarrier.init(q_full.index(slot), count=1)
+        mbarrier.init(q_empty.index(slot), count=GROUPS)
     for slot in gl.static_range(STAGES):
         mbarrier.init(k_full.index(slot), count=1)
         mbarrier.init(v_full.index(slot), count=1)
@@ -417,18 +505,22 @@ def forward_kernel(
         mbarrier.init(v_empty.index(slot), count=GROUPS)
     fence_async_shared()  # the copy engine must see the barriers before it completes them
 
-    # Under a causal mask the longest tiles start first, `section` heads at a time.
-    tile, bh = which_tile(gl.program_id(0), tiles, all_heads, section, CAUSAL)
-    batch, head, first = bh // heads, bh % heads, tile * BLOCK_M
     ring, sizes = (K, V, k_full, k_empty, v_full, v_empty), (Nq, Nk, window)
-    loads = (q, k, v, Q, ring, q_full, (batch, head, head // share, first), sizes)
-    work = (o, lse, scale, Q, ring, q_full, (batch, head, bh.to(gl.int64) * Nq, first), sizes)
+    queue, order = (q_full, q_empty), (tiles, heads, all_heads, share, section, Nq)
+    loads = (q, k, v, Q, ring, queue, order, sizes)
+    work = (o, lse, scale, Q, ring, queue, order, sizes)
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_attend, (work, BLOCK_M, BLOCK_N, D, STAGES, GROUPS, CAUSAL, WINDOW, OVERLAP, 0)),
-                (_attend, (work, BLOCK_M, BLOCK_N, D, STAGES, GROUPS, CAUSAL, WINDOW, OVERLAP, 1)),
-                (_load, (loads, BLOCK_M, BLOCK_N, STAGES, GROUPS, CAUSAL, WINDOW)),
+                (
+                    _attend,
+                    (work, BLOCK_M, BLOCK_N, D, STAGES, GROUPS, CAUSAL, WINDOW, TURNS, OVERLAP, 0),
+                ),
+                (
+                    _attend,
+                    (work, BLOCK_M, BLOCK_N, D, STAGES, GROUPS, CAUSAL, WINDOW, TURNS, OVERLAP, 1),
+                ),
+                (_load, (loads, BLOCK_M, BLOCK_N, STAGES, GROUPS, CAUSAL, WINDOW, TURNS)),
             ],
             [WARPS, 1],
             [REGISTERS, LOADER_REGISTERS],
@@ -436,10 +528,19 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_attend, (work, BLOCK_M, BLOCK_N, D, STAGES, GROUPS, CAUSAL, WINDOW, OVERLAP, 0)),
-                (_attend, (work, BLOCK_M, BLOCK_N, D, STAGES, GROUPS, CAUSAL, WINDOW, OVERLAP, 1)),
-                (_attend, (work, BLOCK_M, BLOCK_N, D, STAGES, GROUPS, CAUSAL, WINDOW, OVERLAP, 2)),
-                (_load, (loads, BLOCK_M, BLOCK_N, STAGES, GROUPS, CAUSAL, WINDOW)),
+                (
+                    _attend,
+                    (work, BLOCK_M, BLOCK_N, D, STAGES, GROUPS, CAUSAL, WINDOW, TURNS, OVERLAP, 0),
+                ),
+                (
+                    _attend,
+                    (work, BLOCK_M, BLOCK_N, D, STAGES, GROUPS, CAUSAL, WINDOW, TURNS, OVERLAP, 1),
+                ),
+                (
+                    _attend,
+                    (work, BLOCK_M, BLOCK_N, D, STAGES, GROUPS, CAUSAL, WINDOW, TURNS, OVERLAP, 2),
+                ),
+                (_load, (loads, BLOCK_M, BLOCK_N, STAGES, GROUPS, CAUSAL, WINDOW, TURNS)),
             ],
             [WARPS, WARPS, 1],
             [REGISTERS, REGISTERS, LOADER_REGISTERS],
@@ -459,7 +560,8 @@ def candidates(problem: Problem) -> list[Config]:
 
     A tile of 192 queries needs that many.
     """
-    found = CONFIGS.get(_width(problem.head_dim, problem.head_dim_v), [])
+    known = _NEAR if problem.near else CONFIGS
+    found = known.get(_width(problem.head_dim, problem.head_dim_v), [])
     return [c for c in found if c.block_m <= max(128, problem.rows)]
 
 
@@ -475,6 +577,8 @@ class _Plan:
         tiles, all_heads = triton.cdiv(n_q, config.block_m), batch * heads
         # As many heads as have their K and V in half of L2.
         section = max(1, card(q)[3] // 2 // (n_k * 4 * width)) * share if call.causal else 1
+        turns = 2 if call.window is not None and call.window <= NEAR else 1
+        programs = card(q)[2] if turns > 1 else tiles * all_heads
         rows, keys = [1, 1, config.block_m // groups, width], [1, 1, config.block_n, width]
         self.described = [Described(x, y) for x, y in ((q, rows), (k, keys), (v, keys), (o, rows))]
         # softmax(cS) with c < 0 is softmax(|c| (−Q) Kᵀ): the kernel takes the maximum of S.  And
@@ -482,13 +586,13 @@ class _Plan:
         self.negative, scale = call.scale < 0, max(abs(call.scale), 1e-30)
         self.launch = Launcher(
             forward_kernel,
-            (tiles * all_heads,),
+            (min(programs, tiles * all_heads),),
             (scale, heads, all_heads, share, n_q, n_k, tiles, min(section, all_heads),
              call.window or 0),
             dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, D=width,
                  STAGES=config.num_stages, GROUPS=groups, REGISTERS=registers,
                  LOADER_REGISTERS=loader_registers, CAUSAL=call.causal,
-                 WINDOW=call.window is not None, OVERLAP=config.by_hand == "overlap"),
+                 WINDOW=call.window is not None, TURNS=turns, OVERLAP=config.by_hand == "overlap"),
             config,
         )  # fmt: skip
 
@@ -519,7 +623,8 @@ def forward(q, k, v, o, lse, *, scale, causal, window=None, config=None) -> None
     from labkit.flash.launch import Call
 
     call = Call(bool(causal), scale, window, "ieee", q.shape[2], k.shape[2])
-    config = config or CONFIGS[_width(q.shape[3], v.shape[3])][0]
+    known = CONFIGS if window is None or window > NEAR else _NEAR
+    config = config or known[_width(q.shape[3], v.shape[3])][0]
     with torch.cuda.device(q.device):
         plan(q, k, v, o, lse, call, config)(q, k, v, o, lse, call)
 

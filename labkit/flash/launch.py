@@ -243,6 +243,7 @@ def _problem(kind, call: Call, q, k, v, heads: int, flops, describable: bool, by
             describable and arch >= 90 and call.cu_q is None and flops >= _WORTH_A_DESCRIPTOR
         ),
         by_hand=by_hand, arch=arch, shared_limit=shared, sms=sms,
+        near=call.window is not None and call.window <= tuning.NEAR,
     )  # fmt: skip
 
 

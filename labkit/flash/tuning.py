@@ -27,6 +27,7 @@ from pathlib import Path
 
 __all__ = [
     "KINDS",
+    "NEAR",
     "Config",
     "Problem",
     "cache_file",
@@ -40,6 +41,9 @@ __all__ = [
 ]
 
 KINDS = ("forward", "dkdv", "dq")
+#: keys of a window up to which it is a near one: a row sees a few tiles, and starting and ending a
+#: tile of queries counts
+NEAR = 1024
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Problem:
     arch : compute capability as ten times major plus minor: 90 for Hopper.
     shared_limit : shared memory that one block may have, bytes.
     sms : multiprocessors.
+    near : the window shows at most ``NEAR`` keys.
     """
 
     kind: str
@@ -100,6 +105,7 @@ class Problem:
     arch: int
     shared_limit: int
     sms: int
+    near: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -114,7 +120,8 @@ class Problem:
         parts = (
             self.kind, self.dtype, self.precision if self.itemsize == 4 else "-",
             f"d{self.head_dim}", f"dv{self.head_dim_v}", f"n{1 << (size - 1).bit_length()}",
-            "causal" if self.causal else "full", "window" if self.windowed else "-",
+            "causal" if self.causal else "full",
+            "near" if self.near else "window" if self.windowed else "-",
             "few" if few else "many", "tma" if self.descriptors else "-",
             "hand" if self.by_hand is None else "-",
         )  # fmt: skip

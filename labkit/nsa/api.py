@@ -156,12 +156,14 @@ def attend(
     ``compressed`` holds compressed keys and values ``[B, C, H, ·]`` where they are known already;
     otherwise they are means of blocks.
     """
-    branches, used, found = [], [], {}
+    branches, used, found, out = [], [], {}, None
     q, q_slc, q_swa = share(q, 3)
     if gates["g_swa"] is not None:
         # First, because autograd then takes it last: the large workspace of the selection comes
         # before the window's gradients, and not on top of them.
-        o_swa, found["lse_swa"] = _attend_window(q_swa, k, v, call, window)
+        o, found["lse_swa"] = _attend_window(q_swa, k, v, call, window)
+        branches.append(o)
+        used.append(gates["g_swa"])
     if gates["g_cmp"] is not None or gates["g_slc"] is not None:
         if compressed is None:
             cu = call.cu
@@ -175,13 +177,16 @@ def attend(
         if gates["g_slc"] is not None or weights:
             found["blocks"] = ops.select(q, compressed[0], found["lse_cmp"], call)
     if gates["g_slc"] is not None:
-        o, found["lse_slc"] = ops.attend_selected(q_slc, k, v, found["blocks"], call)
-        branches.append(o)
-        used.append(gates["g_slc"])
-    if gates["g_swa"] is not None:
-        branches.append(o_swa)
-        used.append(gates["g_swa"])
-    out = combine(branches, used)
+        selected, used = (q_slc, k, v, found["blocks"], call), [gates["g_slc"], *used]
+        # Last, because its kernel can add up all branches on its way out.
+        added = ops.add_selected(*selected, branches, used) if branches else None
+        if added is not None:
+            out, found["lse_slc"] = added
+        else:
+            o, found["lse_slc"] = ops.attend_selected(*selected)
+            branches = [o, *branches]
+    if out is None:
+        out = combine(branches, used)
     if not weights:
         return out, {}
     blocks = found.get("blocks")

@@ -28,11 +28,17 @@ compute, rings of slots with a *full* and an *empty* barrier between them.  What
   its m; with +∞ in place of c m its P is 0.  That costs two instructions per row; a mask over the
   scores would cost one per score.
 - Only blocks that reach beyond the group's first query need the triangular mask.
+- **The gated sum may be its last step.**  Where nobody will ask for a gradient, the outputs of the
+  other branches come in through the place of Q, which has moved into registers, and leave it
+  added up (``MORE``).  That saves writing this branch's output and reading it back, and no sum is
+  rounded before it is complete.
 
 Taught in chapter 13 (the kernels of sparse attention).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -57,7 +63,7 @@ __all__ = ["CONFIGS", "config_for", "forward", "supports"]
 # One compilation for all sizes: nothing here gets faster by knowing that one of them is 1.
 _kernel = jit(
     do_not_specialize=(
-        "heads", "share", "Nq", "Nk", "tiles", "all_heads", "section", "each", "cap",
+        "heads", "share", "Nq", "Nk", "tiles", "all_heads", "section", "each", "cap", "gate_step",
     )
 )  # fmt: skip
 
@@ -155,10 +161,11 @@ def _softmax(s, m, l, c, active):
 @jit
 def _attend(
     args, QUERIES: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
-    BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, VARLEN: gl.constexpr, GROUP: gl.constexpr,
+    BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, VARLEN: gl.constexpr, MORE: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: (m, l, O) of its queries over the blocks they chose, then O / l and LSE."""
-    out, lse, scale, Q, ring, q_full, place, union = args
+    out, lse, scale, Q, ring, q_full, place, union, more = args
     K, V, k_full, k_empty, v_full, v_empty = ring
     batch, head, first, end, start, offset, lse_row, lse_step = place
     blocks, members, count = union
@@ -182,6 +189,9 @@ def _attend(
         # Into registers once, not from shared memory with every block.  With the addresses of
         # varlen there are two registers too few.
         left = q.load(gl.DotOperandLayout(0, S, 2))
+    if MORE:
+        o1, o2, gates, gate_step, heads, more_full = more
+        _bring(o1, batch, i, head * SHARE, more_full.index(GROUP), q)
 
     block, chose = gl.load(blocks), gl.load(members)
     for x in range(count):
@@ -223,8 +233,20 @@ def _attend(
     at = lse_row + (row % SHARE).to(gl.int64) * lse_step + (i + query)
     gl.store(lse + at, m * scale + gl.log(l), mask=i + query < end)
     weight = gl.convert_layout(1.0 / gl.where(l == 0.0, 1.0, l), gl.SliceLayout(1, O))
+    o = o * weight[:, None]
+    if MORE:
+        at = (batch.to(gl.int64) * lse_step + i + query) * heads + head
+        at = gates + (at * SHARE + row % SHARE)
+        o = o * _gate(at, i + query < end, O)
+        mbarrier.wait(more_full.index(GROUP), 0)
+        o += _gate(at + gate_step, i + query < end, O) * q.load(O).to(gl.float32)
+        if MORE == 2:
+            _bring(o2, batch, i, head * SHARE, more_full.index(GROUP), q)
+            g = _gate(at + 2 * gate_step, i + query < end, O)
+            mbarrier.wait(more_full.index(GROUP), 1)
+            o += g * q.load(O).to(gl.float32)
     # Nobody reads this group's part of Q any more: O leaves through it.
-    q.store((o * weight[:, None]).to(V.dtype))
+    q.store(o.to(V.dtype))
     if VARLEN:
         # The copy engine would write into the next sequence.
         pointer, stride_m, stride_h = out
@@ -243,15 +265,30 @@ def _attend(
         tma.store_wait(0)
 
 
+@jit
+def _bring(described, batch, row, head, full, tile):
+    """Ask for another branch's output of these rows, in the place of Q."""
+    mbarrier.expect(full, described.block_type.nbytes)
+    _copy(described, batch, row, head, full, tile)
+
+
+@jit
+def _gate(at, there, O: gl.constexpr):
+    """A gate for each row, ``[64, 1]``."""
+    g = gl.load(at, mask=there, other=0.0).to(gl.float32)
+    return gl.convert_layout(g, gl.SliceLayout(1, O))[:, None]
+
+
 # -- the program -----------------------------------------------------------------------------------
 
 
 @_kernel
 def forward_kernel(
-    q, k, v, o, lse, blocks, members, counts, cu,
-    scale, heads, share, Nq, Nk, tiles, all_heads, section, each, cap, stride_om, stride_oh,
+    q, k, v, o, o1, o2, lse, gates, blocks, members, counts, cu,
+    scale, heads, share, Nq, Nk, tiles, all_heads, section, each, cap, gate_step,
+    stride_om, stride_oh,
     QUERIES: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
-    BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, VARLEN: gl.constexpr,
+    BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, VARLEN: gl.constexpr, MORE: gl.constexpr,
     REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers and places, then each warp goes to its own work."""
@@ -273,6 +310,12 @@ def forward_kernel(
         mbarrier.init(v_full.index(slot), count=1)
         mbarrier.init(k_empty.index(slot), count=GROUPS)
         mbarrier.init(v_empty.index(slot), count=GROUPS)
+    more = ()
+    if MORE:
+        more_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER)
+        for group in gl.static_range(GROUPS):
+            mbarrier.init(more_full.index(group), count=1)
+        more = (o1, o2, gates, gate_step, heads, more_full)
     fence_async_shared()  # the copy engine must see the barriers before it completes them
 
     tile, bh = _place(gl.program_id(0), tiles, all_heads, section)
@@ -294,15 +337,15 @@ def forward_kernel(
     loads = (q, k, v, Q, ring, q_full, (batch, head, first, head * SHARE, start), union)
     work = (
         out, lse, scale, Q, ring, q_full,
-        (batch, head, first, end, start, offset, lse_row, Nq), union,
+        (batch, head, first, end, start, offset, lse_row, Nq), union, more,
     )  # fmt: skip
     if GROUPS == 4:
         gl.warp_specialize(
             [
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 0)),
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 1)),
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 2)),
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 3)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 0)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 1)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 2)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 3)),
                 (_load, (loads, QUERIES, GROUPS, STAGES, BLOCK, BLOCK_N)),
             ],
             [WARPS, WARPS, WARPS, 1],
@@ -311,9 +354,9 @@ def forward_kernel(
     elif GROUPS == 3:
         gl.warp_specialize(
             [
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 0)),
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 1)),
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 2)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 0)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 1)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 2)),
                 (_load, (loads, QUERIES, GROUPS, STAGES, BLOCK, BLOCK_N)),
             ],
             [WARPS, WARPS, 1],
@@ -322,8 +365,8 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 0)),
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, 1)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 0)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 1)),
                 (_load, (loads, QUERIES, GROUPS, STAGES, BLOCK, BLOCK_N)),
             ],
             [WARPS, 1],
@@ -337,7 +380,7 @@ def forward_kernel(
 class _Plan:
     """All of a launch but the tensors."""
 
-    def __init__(self, q, k, v, o, call: Call, cap: int, config: Config) -> None:
+    def __init__(self, q, k, v, o, call: Call, cap: int, config: Config, more: int) -> None:
         from labkit.flash.launch import Launcher, card
 
         (batch, n_q, all_q, d), (n_k, heads) = q.shape, k.shape[1:3]
@@ -361,19 +404,20 @@ class _Plan:
             forward_kernel,
             (tiles * all_heads,),
             (scale, heads, share, n_q, n_k, tiles, all_heads, min(section, all_heads), each, cap,
-             o.stride(1), o.stride(2)),
+             q.shape[:3].numel(), o.stride(1), o.stride(2)),
             dict(QUERIES=queries, GROUPS=groups, STAGES=config.num_stages, D=d,
-                 BLOCK=call.block_size, BLOCK_N=config.block_n, VARLEN=varlen,
+                 BLOCK=call.block_size, BLOCK_N=config.block_n, VARLEN=varlen, MORE=more,
                  REGISTERS=registers, LOADER_REGISTERS=loader_registers),
             config,
         )  # fmt: skip
 
-    def __call__(self, q, k, v, o, lse, union, call: Call) -> None:
-        """Launch."""
+    def __call__(self, q, k, v, o, others, gates, lse, union, call: Call) -> None:
+        """Launch; ``others`` are two tensors like o, read if there is something to add."""
         tensors = (-q if self.negative else q, k, v)
         described = [see(x) for see, x in zip(self.described, tensors, strict=True)]
         cu = call.cu if call.cu is not None else union[2]
-        self.launch(*described, self.out(o) if self.out else o, lse, *union, cu)
+        outs = [self.out(x) if self.out else x for x in (o, *others)]
+        self.launch(*described, *outs, lse, gates, *union, cu)
 
 
 def tile_of(share: int, config: Config) -> int:
@@ -390,8 +434,8 @@ def config_for(q: torch.Tensor, k: torch.Tensor, call: Call) -> Config | None:
     return None
 
 
-def forward(q, k, v, block_indices, call: Call, *, config=None, union=None):
-    """O and LSE of attention to chosen blocks.
+def forward(q, k, v, block_indices, call: Call, *, config=None, union=None, more=None):
+    """O and LSE of attention to chosen blocks, or its gated sum with other branches.
 
     Parameters
     ----------
@@ -400,10 +444,13 @@ def forward(q, k, v, block_indices, call: Call, *, config=None, union=None):
     block_indices : ``[B, M, H, S]`` int32 or int64, −1 for an unused slot.
     config : one of :data:`CONFIGS`; None: the first that serves.
     union : what ``lists.unions(block_indices, tile_of(…), call, N)`` gave, if it is known.
+    more : ``(others, gates)``: the outputs of one or two other branches, ``[B, M, HQ, D]`` in q's
+        dtype, readable by the copy engine, and ``[1 + others, B, M, HQ]`` contiguous gates, that
+        of this branch first.  Only where :func:`can_add` says so.
 
     Returns
     -------
-    o : ``[B, M, HQ, D]`` of q's dtype.
+    o : ``[B, M, HQ, D]`` of q's dtype: this branch, or with ``more`` the gated sum.
     lse : ``[B, HQ, M]`` float32, natural logarithm.
     """
     config = config or config_for(q, k, call)
@@ -414,8 +461,10 @@ def forward(q, k, v, block_indices, call: Call, *, config=None, union=None):
         from labkit.nsa import lists
 
         union = lists.unions(block_indices, tile_of(all_q // heads, config), call, n_k)
+    others, gates = more or ((), lse)
     key = (
         config, call.scale, call.block_size, call.max_q, call.sequences, union[0].shape[-1],
+        len(others), gates.dtype, gates.data_ptr() % 16, *(x.stride() for x in others),
         q.dtype, q.device, *(x.shape + x.stride() for x in (q, k, v)),
         call.cu is not None and call.cu.dtype,
         # what Triton compiles differently for: the start of a tensor on 16 bytes or not
@@ -426,12 +475,28 @@ def forward(q, k, v, block_indices, call: Call, *, config=None, union=None):
         if plan is None:
             if len(_plans) >= 256:
                 _plans.clear()
-            plan = _plans[key] = _Plan(q, k, v, o, call, union[0].shape[-1], config)
-        plan(q, k, v, o, lse, union, call)
+            cap = union[0].shape[-1]
+            plan = _plans[key] = _Plan(q, k, v, o, call, cap, config, len(others))
+        plan(q, k, v, o, (*others, o, o)[:2], gates, lse, union, call)
     return o, lse
 
 
 _plans: dict[tuple, _Plan] = {}
+
+
+def can_add(q: torch.Tensor, others: Sequence[torch.Tensor], call: Call) -> bool:
+    """Whether the sum with ``others`` can be the last step of :func:`forward`.
+
+    The place of Q has to be free, which is so where Q fits into registers, and the copy engine has
+    to find the others where it finds O: nothing of varlen, and head_dim 128.
+    """
+    return (
+        call.cu is None
+        and q.shape[3] > 64
+        and 1 <= len(others) <= 2
+        and all(x.dtype == q.dtype and x.shape == q.shape for x in others)
+        and all(x.is_contiguous() for x in others)
+    )
 
 
 def supports(q, k, v, call: Call) -> bool:

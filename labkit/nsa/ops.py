@@ -208,6 +208,19 @@ def attend_selected(q, k, v, blocks, call: Call) -> tuple[torch.Tensor, torch.Te
     return _attend(torch.ops.labkit.nsa_selection, q, k, v, blocks, call)
 
 
+def add_selected(q, k, v, blocks, call: Call, others, gates):
+    """Σ gate · branch and the selection's LSE, where one kernel can do both; None elsewhere.
+
+    ``others`` and ``gates`` as for ``selection.forward_sum``.  Not where a gradient is wanted: a
+    gate's gradient is made of its branch's output, which is then needed by itself.
+    """
+    tensors = (q, k, v, *others, *gates)
+    if not nobody_listens(*tensors, blocks) or _wants_gradient(*tensors):
+        return None
+    check_not_forward_mode(*tensors, what="labkit.nsa", instead=INSTEAD)
+    return selection.forward_sum(q, k, v, blocks, call, others, gates)
+
+
 def attend_compressed(q, k_cmp, v_cmp, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """O and LSE over compressed keys and values ``[B, C, H, ·]``, differentiable."""
     return _attend(torch.ops.labkit.nsa_compression, q, k_cmp, v_cmp, None, call)

@@ -45,7 +45,7 @@ from labkit.kernels.runtime import check_can_launch
 from labkit.nsa import lists
 from labkit.nsa.call import Call
 
-__all__ = ["by_queries", "by_queries_kernel", "forward"]
+__all__ = ["by_queries", "by_queries_kernel", "forward", "forward_sum"]
 
 LOG2E = math.log2(math.e)
 #: groups from this size on fill the rows of a tile with few queries, which share blocks
@@ -379,6 +379,40 @@ def forward(
 
             return by_keys.forward(q, k, v, block_indices, call)
         return by_queries(q, k, v, block_indices, call)
+
+
+def forward_sum(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_indices: torch.Tensor,
+    call: Call,
+    others: Sequence[torch.Tensor],
+    gates: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The gated sum of this branch and ``others``, and this branch's LSE, in one kernel.
+
+    Parameters
+    ----------
+    q, k, v, block_indices : as for :func:`forward`.
+    others : outputs of other branches, ``[B, M, HQ, V]``.
+    gates : ``[B, M, HQ]`` each, any strides; this branch's first, then those of ``others``.
+
+    Returns
+    -------
+    ``(out, lse)``, or None where the sum has to be a kernel of its own (``gates.py``): only the
+    kernel by hand has room for it.
+    """
+    with _On(q):
+        if 0 in (call.max_q, call.max_k, block_indices.shape[3], q.numel(), v.shape[3]):
+            return None
+        module = hopper("hopper") if _choose(q, k, v, call) == "hopper" else None
+        if module is None or not module.can_add(q, others, call):
+            return None
+        if any(g.dtype != gates[0].dtype for g in gates):
+            gates = [g.float() for g in gates]
+        more = (tuple(others), torch.stack(list(gates)))
+        return module.forward(q, k, v, block_indices, call, more=more)
 
 
 def _choose(q, k, v, call: Call) -> str:
