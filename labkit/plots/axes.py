@@ -91,7 +91,10 @@ def end_labels(
     ax.xaxis.set_ticks(ticks)  # none under the labels; keeps the formatter
     ax.spines["bottom"].set_bounds(low, high)
     fig = ax.figure
-    fig.draw_without_rendering()
+    if engine := fig.get_layout_engine():
+        engine.execute(fig)  # where the axes will be; the rest of drawing tells nothing more
+    else:
+        fig.draw_without_rendering()
     to_points = 72 / fig.dpi
     placed = sorted(labels, key=lambda item: item[1])
     heights = [ax.transData.transform((x, y))[1] * to_points for x, y, _, _ in placed]

@@ -65,13 +65,15 @@ class Drawing:
 
 
 def _png(fig: Figure) -> bytes:
+    import numpy as np
     from PIL import Image
 
-    raw = io.BytesIO()
-    # not compressed: it is read again at once
-    fig.savefig(raw, format="png", dpi=CSS_DPI * DENSITY, pil_kwargs={"compress_level": 0})
+    # Drawn once: savefig would draw it a first time only to lay it out, and write a PNG to read.
+    fig.dpi = CSS_DPI * DENSITY
+    fig.canvas.draw()
+    pixels = Image.fromarray(np.asarray(fig.canvas.buffer_rgba()))
     # 256 colours are plenty for lines and text, and make the notebooks a third of the size.
-    image = Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    image = pixels.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     small = io.BytesIO()
     image.save(small, format="png", optimize=True)
     return small.getvalue()
