@@ -254,17 +254,13 @@ def race(
     largest_scores : leave out who writes S where it would have more elements.
     samples : put the samples into the rows.
     until : a time of ``time.perf_counter()``: nobody is begun after it but the first.
-    whole : not even the first, and nobody is timed either: everybody or nobody.
+    whole : not even the first, and nobody is timed either: everybody or nobody.  Raises
+        ``_TimeUp`` if ``until`` came before everybody was ready.
 
     Returns
     -------
     tuple
         rows (``Point``'s fields and ``method``; ``samples_ms``), and notes on who was left out.
-
-    Raises
-    ------
-    _TimeUp
-        if ``whole``, and ``until`` came before everybody was ready to be timed.
     """
 
     def time_is_up() -> bool:
