@@ -282,6 +282,7 @@ def test_blocks_through_flex_attention():
         ({"backend": "sdpa", "pattern": "local", "window": 4}, "window.*one of them"),
         ({"backend": "sdpa", "window": 0}, "window"),
         ({"backend": "sdpa", "sparse": "tiles"}, "sparse.*mask, blocks"),
+        ({"backend": "sdpa", "sparse": "mask"}, "sparse.*there is none.*a window"),
         ({"backend": "sdpa", "gate": True}, "gate.*nothing to mix"),
     ],
 )

@@ -20,6 +20,7 @@ from labkit.memory import trace  # noqa: E402
 from labkit.patterns import (  # noqa: E402
     HOWS,
     PATTERNS,
+    Blocked,
     Clustered,
     Hierarchical,
     Local,
@@ -590,6 +591,29 @@ def test_lists_of_blocks_are_made_once_for_a_graph(how, monkeypatch):
     torch._dynamo.reset()
 
 
+def test_a_pattern_that_is_made_inside_of_a_compiled_graph_has_its_parameters():
+    marks = (0, 1, 1, 0) * 4
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def attend(q, k, v, window):
+        near = Blocked(Local(window), 4)
+        return [
+            pattern_attention(q, k, v, near, how="blocks", block=8),
+            pattern_attention(q, k, v, near, how="flex", block=8),
+            pattern_attention(q, k, v, Clustered(assignment=marks), how="blocks", block=8),
+            pattern_attention(q, k, v, "strided", how="blocks", block=8),
+        ]
+
+    q, k, v, _ = draw(16, 16)
+    for window in (1, 2):
+        same = [Local(window).in_blocks(4), Local(window).in_blocks(4),
+                Clustered(assignment=marks), Strided()]  # fmt: skip
+        for out, p in zip(attend(q, k, v, window), same, strict=True):
+            torch.testing.assert_close(out, pattern_attention(q, k, v, p, how="naive"))
+    torch._dynamo.reset()
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 X = torch.zeros(1, 2, 8, 16)
@@ -615,7 +639,13 @@ X = torch.zeros(1, 2, 8, 16)
         (lambda: Clustered(assignment=[]), "integer for each key"),
         (lambda: Hierarchical(64, 30), "fewer levels"),
         (lambda: Local(4).in_blocks(0), "block = 0"),
-        (lambda: patterns.Blocked("local"), "is not a pattern"),
+        (lambda: Blocked("local"), "is not a pattern"),
+        (lambda: patterns.Reordered("local", (0, 1)), "is not a pattern"),
+        (lambda: patterns.Reordered(Local(2), (0, 0)), "not an order of tokens"),
+        (lambda: patterns.Reordered(Local(2), (0, 2)), "not an order of tokens"),
+        (lambda: patterns.Reordered(Local(2), ()), "Name each of"),
+        (lambda: patterns.Reordered(Local(2), 3), "tokens = 3"),
+        (lambda: patterns.Reordered(Local(2), "ab"), "not an order of tokens"),
         (lambda: Random(4).allowed(0, 1), "allowed(i, j, keys)"),
         (lambda: Random(2**20).dense_mask(4, 2**20), "32 bits"),
         (lambda: Local(4).statistics(0), "seq_len = 0"),

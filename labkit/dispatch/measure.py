@@ -156,7 +156,7 @@ def measure_policy(
             raise ArgumentError(name, values, "is empty.", "Pass at least one.")
     chosen = tuple(candidates(device) if backends is None else _listed(backends))
     for name in chosen:
-        check_choice("backend", name, BACKENDS)
+        check_choice("backends", name, BACKENDS)
     held = tuple(
         (DTYPES if device == "cuda" else ("float32", "bfloat16")) if dtypes is None
         else _listed(dtypes)

@@ -169,6 +169,11 @@ def check_pattern(backend: str, pattern: Any, sparse: str | None) -> str | None:
     if sparse is not None:
         check_choice("sparse", sparse, ("mask", "blocks"))
     if pattern is None:
+        if sparse is not None:
+            raise ArgumentError(
+                "sparse", sparse, "says how to compute a pattern, and there is none.",
+                "Pass a pattern as well, or a window; or leave it out.",
+            )  # fmt: skip
         return None
     if backend == "nsa":
         raise ArgumentError(

@@ -425,7 +425,8 @@ def _with_wide_scores(layer: nn.Module | None) -> str:
             'nsa={"implementation": "kernels"} computes the same and keeps S in float32; the '
             "other backends compute another function."
         )
-    return 'backend="flash" and "sdpa" keep S in float32 and never write it.'
+    others = [b for b in ("flash", "sdpa", "tiled") if b != getattr(layer, "backend", None)]
+    return f'backend="{others[0]}" and "{others[1]}" keep S in float32 and never write it.'
 
 
 def why_not(precision: str, device: torch.device | str) -> str | None:

@@ -48,6 +48,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from labkit.errors import ArgumentError, check_choice, check_positive_int
 from labkit.flash.recompute import block_of_pairs, delta
@@ -182,15 +183,15 @@ def _sdpa(q, k, v, made, sizes, scale: float) -> torch.Tensor:
 
 
 def _blocks(q, k, v, which: Pattern, sizes: Sizes, causal: bool, scale: float, block: int):
-    if not _is_real(q):
+    if q.is_meta or isinstance(q, FakeTensor):
         raise ArgumentError(
             "how", "blocks", "looks at which blocks are empty, and a tensor without data (fake or "
             "meta) cannot be looked at.", 'Trace how="sdpa" or "naive".',
         )  # fmt: skip
-    size = (_number(sizes.seq_len_q), _number(sizes.seq_len_k), causal)
+    size = (masks.number(sizes.seq_len_q), masks.number(sizes.seq_len_k), causal)
     # What a block is added up in is this way's choice, and not autocast's.
     with torch.autocast(q.device.type, enabled=False):
-        return _Blocks.apply(q, k, v, which, size, scale, block)[0]
+        return _Blocks.apply(q, k, v, masks.recipe(which), size, scale, block)[0]
 
 
 class _Blocks(torch.autograd.Function):
@@ -201,11 +202,11 @@ class _Blocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(q, k, v, which, size, scale, block):
+    def forward(q, k, v, of, size, scale, block):
         """O ``[B, H, Nq, dv]`` in q's dtype and LSE ``[B, H, Nq]``."""
         sizes = check_qkv(q, k, v)
         wide, outputs, lses = _wide(q), [], []
-        for start, stop, keys, seen in _lines_of(which, size, str(q.device), block):
+        for start, stop, keys, seen in _lines_of(of, size, str(q.device), block):
             Q = _group(q[:, :, start:stop], sizes).to(wide)
             state = identity(*Q.shape[:3], head_dim_v=sizes.head_dim_v, dtype=wide, device=q.device)
             if len(keys):
@@ -230,14 +231,14 @@ class _Blocks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dO, _):
         q, k, v, O, lse = ctx.saved_tensors  # noqa: E741
-        which, size, scale, block = ctx.problem
+        of, size, scale, block = ctx.problem
         sizes, wide = check_qkv(q, k, v), _wide(q)
         with torch.autocast(q.device.type, enabled=False):
             D = delta(dO, O)
             # A row that sees no key has LSE = −∞; with ∞ in its place P is 0.
             lse = lse.masked_fill(lse == float("-inf"), float("inf"))
             dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
-            for start, stop, keys, seen in _lines_of(which, size, str(q.device), block):
+            for start, stop, keys, seen in _lines_of(of, size, str(q.device), block):
                 if not len(keys):
                     continue
                 Q, dO_rows, lse_rows, D_rows = (
@@ -254,11 +255,6 @@ class _Blocks(torch.autograd.Function):
 
 def _wide(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _number(length: int) -> int:
-    """A length as a number: ``torch.compile`` may know it as a symbol, and blocks are counted."""
-    return range(length).stop
 
 
 def _flex(q, k, v, made, sizes, scale: float) -> torch.Tensor:
@@ -340,8 +336,8 @@ def _made(kind: str, which: Pattern, size: tuple[int, int, bool], q: torch.Tenso
 
 
 @torch.compiler.assume_constant_result  # a pattern and a length have one list
-def _lines_of(which: Pattern, size: tuple[int, int, bool], device: str, block: int) -> list:
-    return _kept("blocks", which, size, device, block)
+def _lines_of(of: Any, size: tuple[int, int, bool], device: str, block: int) -> list:
+    return _kept("blocks", masks.from_recipe(of), size, device, block)
 
 
 def _kept(kind: str, which: Pattern, size: tuple[int, int, bool], device: str, block: int):

@@ -387,10 +387,7 @@ class Blocked(Pattern):
     name: ClassVar[str] = "blocked"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, Pattern):
-            raise ArgumentError(
-                "inner", self.inner, "is not a pattern.", "Pass an object such as Random(4)."
-            )
+        _check_inner(self.inner)
         _set(self, block=check_positive_int("block", self.block))
 
     @property
@@ -412,11 +409,28 @@ class Reordered(Pattern):
 
     Who sees whom stays: i and j are places here, and the inner pattern and ``causal`` are asked
     about the tokens that stand there.
+
+    Raises
+    ------
+    ArgumentError
+        if ``inner`` is no pattern, or ``tokens`` does not name each of 0 … N − 1 once.
     """
 
     inner: Pattern
     tokens: tuple[int, ...]
     name: ClassVar[str] = "reordered"
+
+    def __post_init__(self) -> None:
+        _check_inner(self.inner)
+        given = getattr(self.tokens, "tolist", lambda: self.tokens)()
+        tokens = tuple(given) if isinstance(given, Iterable) else ()
+        numbers = all(isinstance(t, Integral) and not isinstance(t, bool) for t in tokens)
+        if not tokens or not numbers or sorted(tokens) != list(range(len(tokens))):
+            raise ArgumentError(
+                "tokens", _short(tokens) if tokens else given, "is not an order of tokens.",
+                "Name each of 0 … N − 1 once, or use pattern.reordered(seq_len).",
+            )  # fmt: skip
+        _set(self, tokens=tuple(int(t) for t in tokens))
 
     @property
     def sees_own(self) -> bool:
@@ -492,6 +506,13 @@ def _set(self: Any, **values: Any) -> None:
     for name, value in values.items():
         assert name in known
         object.__setattr__(self, name, value)
+
+
+def _check_inner(inner: Any) -> None:
+    if not isinstance(inner, Pattern):
+        raise ArgumentError(
+            "inner", inner, "is not a pattern.", "Pass an object such as Random(4)."
+        )  # fmt: skip
 
 
 def _check_seed(seed: Any) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -115,10 +116,9 @@ def block_mask(
             "how", "flex", f"needs FlexAttention, and torch {torch.__version__} has none.",
             'Install torch 2.7 or later, or use how="blocks".',
         ) from None  # fmt: skip
-    # A compiler may know a length as a symbol; the lists are those of one length.
-    n_q, n_k = range(n_q).stop, range(n_k).stop
+    n_q, n_k = number(n_q), number(n_k)
     # Copies: torch's own code below cannot be traced over a constant itself.
-    lists = [x.clone() for x in _lists(which, n_q, n_k, block, bool(causal), device)]
+    lists = [x.clone() for x in _lists(recipe(which), n_q, n_k, block, bool(causal), device)]
     see = visible(which, n_q, n_k, causal, device)
 
     def mask_mod(b, h, t, j):
@@ -137,9 +137,10 @@ def block_mask_bytes(mask: Any) -> int:
 
 @torch.compiler.assume_constant_result  # in a graph: made while it is traced, not on each call
 def _lists(
-    which: Pattern, n_q: int, n_k: int, block: int, causal: bool, device: Any
+    of: Any, n_q: int, n_k: int, block: int, causal: bool, device: Any
 ) -> tuple[torch.Tensor, ...]:
     """Partial and full blocks of each row: two times what ``_list`` gives."""
+    which = from_recipe(of)
     with torch.inference_mode(False), torch.no_grad():
         seen, there = counts(which, n_q, n_k, block, causal, device)
         # A block that juts out over the edge stays partial: beyond it there is nothing to see.
@@ -165,6 +166,36 @@ def _rows(
         stop = min(start + at_once, n_q)
         t = torch.arange(start, stop, dtype=torch.int32, device=device)[:, None]
         yield start, see(t, j).expand(stop - start, n_k)
+
+
+# -- for a compiler, which is to take lists of blocks for constants ------------------------------
+
+
+def number(length: int) -> int:
+    """A length as a number: ``torch.compile`` may know it as a symbol, and blocks are counted."""
+    return range(length, length).start
+
+
+def recipe(which: Any) -> Any:
+    """Class and parameters of a pattern, for :func:`from_recipe`; outside of a compiler, itself.
+
+    What a compiled function makes while it is traced is an object without its parameters to
+    whoever is called for a constant.  Its class and its parameters are what they are.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        return which
+    if isinstance(which, int) and not isinstance(which, bool):
+        return number(which)
+    if not (isinstance(which, Pattern) and is_dataclass(which)):
+        return which
+    return type(which), tuple((f.name, recipe(getattr(which, f.name))) for f in fields(which))
+
+
+def from_recipe(of: Any) -> Any:
+    """The pattern that :func:`recipe` has taken apart; an equal one, with an equal hash."""
+    if not (isinstance(of, tuple) and len(of) == 2 and isinstance(of[0], type)):
+        return of
+    return of[0](**{name: from_recipe(value) for name, value in of[1]})
 
 
 def _lengths(seq_len_q: int, seq_len_k: int | None) -> tuple[int, int]:
