@@ -19,7 +19,8 @@ READY := .venv/.ready-$(shell cat requirements.txt pyproject.toml <(echo "$(CURD
 NB ?= notebooks
 PORT ?= 8000
 ARGS ?=
-WORKERS ?= 2
+# one more than two cores: a worker that drives a browser, a kernel or a build mostly waits
+WORKERS ?= 3
 
 .PHONY: help venv book test execute lab serve record lint lock address clean distclean
 
