@@ -502,6 +502,10 @@ def test_a_backend_that_cannot_says_why_and_names_those_that_can():
         ):
             dispatch.attention(q, k[:, :, :4], v[:, :, :4], backend=backend, is_causal=True)
     assert "float32 on a GPU" in dispatch.can_run("naive", q, k, v, tf32=True)
+    with pytest.raises(ArgumentError, match=r"q\.shape = \(\).*0 dimensions"):
+        dispatch.can_run("ours", torch.tensor(1.0), k, v)
+    with pytest.raises(ArgumentError, match="scale = 'a'"):
+        dispatch.attention(q, k, v, backend="math", scale="a")
     with pytest.raises(ArgumentError, match="None of the others"):
         dispatch.attention(q, k, v, backend="naive", tf32=True)
     assert "16 to 256" in dispatch.can_run("ours", *draw(1, 1, 8, 8))

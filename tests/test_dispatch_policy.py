@@ -470,6 +470,11 @@ def test_lengths_are_taken_from_both_ends_inwards():
         ({"seq_lens": []}, "seq_lens"),
         ({"kv_heads": 0}, "kv_heads"),
         ({"seq_lens": 0}, "seq_lens = 0"),
+        ({"seq_lens": 8.5}, "seq_lens = 8.5"),
+        ({"backends": []}, "backends.*empty"),
+        ({"dtypes": ()}, "dtypes.*empty"),
+        ({"causal": []}, "causal.*empty"),
+        ({"training": "no"}, "training = 'no'.*neither True nor False"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_by_name(options, named):

@@ -270,6 +270,15 @@ def test_blocks_through_flex_attention():
         made(x)
 
 
+def test_heads_too_narrow_for_flex_attention_are_sent_to_a_backend():
+    from labkit.layers.attention import check_flex
+
+    check_flex(torch.device("cuda"), True, 16)
+    check_flex(torch.device("cpu"), False, 8)
+    with pytest.raises(ArgumentError, match=r'16 or wider, not of 8.*backend="tiled"'):
+        check_flex(torch.device("cuda"), False, 8)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -557,6 +566,8 @@ def test_dtypes_that_autocast_does_not_mix_are_refused(weights, x, autocast, say
 
 def test_attend_has_no_gates():
     q = torch.zeros(1, 2, 5, 16)
+    with pytest.raises(ArgumentError, match="q = 'str'"):
+        attend("q", q, q, pattern="strided", sparse="blocks")
     with pytest.raises(ArgumentError, match=r"backend = 'nsa'.*gates.*AttentionLayer"):
         attend(q, q, q, backend="nsa")
 
@@ -578,6 +589,8 @@ def test_available_says_why_not():
     assert "head_dim from 16 to 256, not 8" in available("flash", head_dim=8)
     assert "storage" in available("sdpa", "cpu", torch.float8_e5m2)
     assert "no float" in available("naive", "cpu", torch.int8)
+    with pytest.raises(ArgumentError, match="dtype = 'float16'"):
+        available("sdpa", "cpu", "float16")
     with pytest.raises(ArgumentError, match="Known: naive, tiled, flash, sdpa, nsa"):
         available("cudnn")
 

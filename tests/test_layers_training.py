@@ -254,6 +254,20 @@ def test_the_cure_for_scores_of_nsa_computes_the_same_function(whole):
     assert 'backend="' not in text
 
 
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: TrainingStep(model(), loss=3), "loss = 3.*not a function"),
+        (lambda: TrainingStep(model()).step([1.0], [2.0]), "x = 'list'"),
+        (lambda: find_overflow(3, torch.zeros(1)), "model = 'int'"),
+        (lambda: find_overflow(model(), 3), "x = 'int'"),
+    ],
+)
+def test_what_is_no_model_tensor_or_loss_is_refused(call, named):
+    with pytest.raises(ArgumentError, match=named):
+        call()
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "tiled"])
 def test_scores_that_are_never_written_do_not_overflow(backend):
     made = louder(

@@ -16,6 +16,7 @@ from torch.backends import cuda as flags
 
 from labkit.dispatch.sdpa import explain
 from labkit.errors import ArgumentError, check_choice
+from labkit.shapes import check_scale
 
 __all__ = ["BACKENDS", "DTYPES", "attention", "can_run", "function", "switches_kept"]
 
@@ -69,7 +70,8 @@ def attention(
     Raises
     ------
     ArgumentError
-        for an unknown backend, or one that cannot take the inputs: why, and one that can.
+        for an unknown backend, or one that cannot take the inputs: why, and one that can; for
+        is_causal with other lengths; for a scale that is not positive.
     """
     why = can_run(backend, q, k, v, is_causal=is_causal, attn_mask=attn_mask, tf32=tf32)
     if why is not None:
@@ -88,6 +90,7 @@ def attention(
             "backend", backend, f"cannot take these inputs: it {why}.",
             f"Use one that can: {able}." if able else "None of the others takes them either.",
         )  # fmt: skip
+    scale = None if scale is None else check_scale(scale, q.shape[-1])
     with switches_kept():
         options = {"is_causal": is_causal, "attn_mask": attn_mask, "scale": scale, "tf32": tf32}
         return function(backend, q, k, v, **options)()
@@ -114,6 +117,11 @@ def can_run(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise ArgumentError(name, type(x).__name__, "is not a torch tensor.", "Pass a tensor.")
+        if x.dim() < 2:
+            raise ArgumentError(
+                f"{name}.shape", tuple(x.shape), f"has {x.dim()} dimensions.",
+                "Use [batch, heads, seq_len, head_dim].",
+            )  # fmt: skip
     if is_causal and _unequal(q, k):
         return "takes is_causal only with as many keys as queries here"
     if tf32 and (q.dtype != torch.float32 or q.device.type != "cuda"):
@@ -140,7 +148,7 @@ def can_run(
 
 def _unequal(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether there are not as many keys as queries."""
-    return min(q.dim(), k.dim()) > 1 and q.shape[-2] != k.shape[-2]
+    return q.shape[-2] != k.shape[-2]
 
 
 def _able(q, k, v, is_causal, attn_mask, tf32) -> list[str]:

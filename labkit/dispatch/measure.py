@@ -122,7 +122,8 @@ def measure_policy(
     Parameters
     ----------
     seq_lens : tokens; 64 to 16,384 on a GPU by default, 64 to 512 on a CPU.
-    heads, head_dim, batch, kv_heads : the shape; several head_dim may be given.
+    heads, head_dim, batch, kv_heads : the shape; several head_dim may be given, and kv_heads is
+        heads unless given.
     causal, training : one or both of False and True.
     backends : of ``labkit.dispatch.BACKENDS``; by default all that a program would choose from.
     dtypes : of ``"float32"``, ``"tf32"``, ``"float16"``, ``"bfloat16"``; all by default on a GPU,
@@ -141,7 +142,7 @@ def measure_policy(
     Raises
     ------
     ArgumentError
-        for an unknown backend, dtype, or a size that is none.
+        for an unknown backend or dtype, a size that is none, or an empty list of anything.
     LabError
         if nothing could be measured.
     """
@@ -151,9 +152,12 @@ def measure_policy(
     device = _resolve_device(device)
     asked = _LENGTHS[device] if seq_lens is None else _listed(seq_lens)
     lengths = sorted({check_positive_int("seq_lens", n) for n in asked})
-    for name, values in (("seq_lens", lengths), ("head_dim", _listed(head_dim))):
-        if not values:
-            raise ArgumentError(name, values, "is empty.", "Pass at least one.")
+    for name, given in (("causal", causal), ("training", training)):
+        for value in _listed(given):
+            if not isinstance(value, bool):
+                raise ArgumentError(
+                    name, given, "is neither True nor False, nor both.", "Pass (False, True)."
+                )  # fmt: skip
     chosen = tuple(candidates(device) if backends is None else _listed(backends))
     for name in chosen:
         check_choice("backends", name, BACKENDS)
@@ -163,6 +167,13 @@ def measure_policy(
     )  # fmt: skip
     for name in held:
         check_choice("dtypes", name, DTYPES)
+    listed = {
+        "seq_lens": lengths, "head_dim": _listed(head_dim), "causal": _listed(causal),
+        "training": _listed(training), "backends": chosen, "dtypes": held,
+    }  # fmt: skip
+    for name, values in listed.items():
+        if not values:
+            raise ArgumentError(name, values, "is empty.", "Pass at least one.")
     check_choice("launch", launch, ("included", "hidden"))
     budget_s = check_positive_number("budget_s", budget_s)
     sizes = {
@@ -205,7 +216,9 @@ def measure_policy(
 
 
 def _listed(values: Any) -> tuple:
-    return (values,) if isinstance(values, (str, int, bool)) else tuple(values)
+    """As a tuple; what is no list is one of its own, and judged as that."""
+    listed = isinstance(values, Iterable) and not isinstance(values, str)
+    return tuple(values) if listed else (values,)
 
 
 def _inwards(lengths: list[int]) -> list[int]:

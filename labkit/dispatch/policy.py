@@ -104,7 +104,21 @@ class Choice:
     def attention(self, q, k, v, **options: Any):
         """Compute attention in this way: q, k, v are cast, O is in their dtype.
 
-        ``options`` as for :func:`labkit.dispatch.compute.attention`: ``is_causal``, ``scale``.
+        Parameters
+        ----------
+        q, k, v : ``[batch, heads, seq_len, head_dim]``, ``[batch, kv_heads, seq_len, head_dim]``
+            twice.
+        options : ``is_causal``, ``scale``, ``attn_mask``, as for
+            :func:`labkit.dispatch.compute.attention`.
+
+        Returns
+        -------
+        O ``[batch, heads, seq_len, head_dim]`` in q's dtype.
+
+        Raises
+        ------
+        ArgumentError
+            if the backend cannot take these inputs: why, and one that can.
         """
         import torch
 
@@ -235,6 +249,11 @@ class Policy:
 
         ``asked`` as for :meth:`choose`, without ``seq_len``.  A border lies where the lines of
         the two winners meet between two measured lengths.
+
+        Raises
+        ------
+        ArgumentError
+            as :meth:`choose`, and for a name that is not known.
         """
         lines, _ = self._asked(asked)
         lengths = sorted({p.seq_len for line in lines.values() for p in line})
@@ -257,7 +276,8 @@ class Policy:
         Raises
         ------
         ArgumentError
-            if one of the two dtypes was not measured.
+            if one of the two dtypes was not measured, or they share no length; for a name that is
+            not known.
         """
         best = {}
         for dtype in (slow, fast):
@@ -275,7 +295,7 @@ class Policy:
         return crossing({n: best[slow][n] / best[fast][n] for n in lengths})
 
     def kinds(self) -> list[dict[str, Any]]:
-        """The shapes that were measured: batch, heads, head_dim, causal, training."""
+        """The shapes that were measured: batch, heads, kv_heads, head_dim, causal, training."""
         names = ("batch", "heads", "kv_heads", "head_dim", "causal", "training")
         seen = dict.fromkeys(tuple(getattr(p, n) for n in names) for p in self.points)
         # batch may shrink as the length grows: one kind, all the same

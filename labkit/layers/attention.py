@@ -86,9 +86,14 @@ def available(
     Raises
     ------
     ArgumentError
-        for an unknown backend; the message lists the known ones.
+        for an unknown backend (the message lists the known ones), or a dtype that is none.
     """
     check_choice("backend", backend, BACKENDS)
+    if not isinstance(dtype, torch.dtype):
+        raise ArgumentError(
+            "dtype", dtype, f"is a {type(dtype).__name__}, not a torch.dtype.",
+            "Pass torch.float16, torch.float32, ….",
+        )  # fmt: skip
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -142,8 +147,14 @@ def check_available(
     raise ArgumentError("backend", backend, f"cannot run here: {why}.", remedy)
 
 
-def check_flex(device: torch.device, training: bool) -> None:
+def check_flex(device: torch.device, training: bool, head_dim: int) -> None:
     """Raise an ArgumentError where FlexAttention, the way of these blocks, cannot run."""
+    if device.type == "cuda" and head_dim < 16:
+        raise ArgumentError(
+            "sparse", "blocks",
+            f"is FlexAttention here, whose kernel takes heads of 16 or wider, not of {head_dim}.",
+            'Use backend="tiled", which leaves out the same blocks, or fewer and wider heads.',
+        )  # fmt: skip
     if device.type == "cpu" and training:
         raise ArgumentError(
             "sparse", "blocks", "is FlexAttention here, which has no backward pass on a CPU.",
@@ -259,7 +270,9 @@ def attend(
         pattern = of_name(pattern)
     how = check_pattern(backend, pattern, sparse)
     if how == "flex":
-        check_flex(q.device, torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)))
+        check_qkv(q, k, v)
+        records = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        check_flex(q.device, records, min(q.shape[-1], v.shape[-1]))
     if how not in (None, "window"):
         from labkit.patterns import pattern_attention
 

@@ -314,7 +314,7 @@ class AttentionLayer(nn.Module):
         if self.backend == "nsa" and self.nsa["implementation"] == "reference":
             return
         if self._how == "flex":
-            check_flex(device, records)
+            check_flex(device, records, self.head_dim)
         if self._how != "flex" or self.gate:  # with a gate dense attention is computed besides
             check_available(self.backend, device, dtype, head_dim=self.head_dim)
 

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from labkit.errors import LabError
+from labkit.errors import ArgumentError, LabError
 from labkit.layers.layer import AttentionLayer
 
 __all__ = ["Overflow", "PrecisionOverflowError", "find_overflow", "unwrapped"]
@@ -113,7 +113,17 @@ def find_overflow(
     -------
     Overflow or None
         without ``remedies``; None if everything is finite.
+
+    Raises
+    ------
+    ArgumentError
+        if ``model`` is no module, or ``x`` no tensor.
     """
+    for name, given, kind in (("model", model, nn.Module), ("x", x, torch.Tensor)):
+        if not isinstance(given, kind):
+            raise ArgumentError(
+                name, type(given).__name__, f"is no torch {kind.__name__}.", "Pass one."
+            )  # fmt: skip
     model = unwrapped(model)
     if (holds := _holds(x)) is not None:
         return Overflow("input", "the input x", dtype=_name(x.dtype), holds=holds)

@@ -141,6 +141,11 @@ class TrainingStep:
         self.precision = check_choice("precision", precision, PRECISIONS)
         self.on_overflow = check_choice("on_overflow", on_overflow, ("raise", "skip"))
         self.dtype, self.autocast_dtype = PRECISIONS[precision]
+        if not callable(loss):
+            raise ArgumentError(
+                "loss", loss, f"is a {type(loss).__name__}, not a function.",
+                "Pass (output, target) → scalar.",
+            )  # fmt: skip
         self.model, self.loss = model, loss
         self._layers = [m for m in unwrapped(model).modules() if isinstance(m, AttentionLayer)]
         self.device = _device_of(model)
@@ -165,7 +170,15 @@ class TrainingStep:
     # -- the parts, as they are timed and weighed --------------------------------------------------
 
     def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The loss, not scaled.  Without autocast, an x of floats is converted if it is not yet."""
+        """The loss, not scaled.  Without autocast, an x of floats is converted if it is not yet.
+
+        Raises
+        ------
+        ArgumentError
+            if x is no tensor, or does not fit the model.
+        """
+        if not isinstance(x, torch.Tensor):
+            raise ArgumentError("x", type(x).__name__, "is not a torch tensor.", "Pass a tensor.")
         x = self._converted(x)
         with self.arithmetic(), self.autocast():
             return self.loss(self.model(x), target)
@@ -206,6 +219,8 @@ class TrainingStep:
 
         Raises
         ------
+        ArgumentError
+            as :meth:`forward`.
         PrecisionOverflowError
             naming the first tensor that held inf or NaN, if ``on_overflow`` is ``"raise"`` and a
             smaller loss scale, which a GradScaler chooses itself, is not the cure.  The weights

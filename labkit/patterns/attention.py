@@ -100,7 +100,8 @@ def pattern_attention(
     scale : float
         multiplies QKᵀ; default 1/√head_dim.
     block : int
-        tokens of a block, of ``"blocks"`` and ``"flex"``.
+        tokens of a block, of ``"blocks"`` and ``"flex"``.  FlexAttention's kernel takes multiples
+        of its own tile, which 128 is.
     reorder : bool
         bring the tokens into the pattern's own order (``Pattern.order``), attend there, and put O
         back: four gathers of N · d elements, and fewer blocks.  For ``Clustered``, and
