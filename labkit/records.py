@@ -17,6 +17,10 @@ FLOP/s, s, …); ``rows`` holds the raw samples behind them.  A page quotes by k
 and ``check_quote`` fails unless rounding the recorded value to the decimals
 shown gives exactly that text: prose cannot drift from what was measured.
 
+Another run of an experiment, before or after a change of the code, is kept beside
+the record with the commit that it measured in its name,
+``<experiment>@<seven digits>.json``; what the change brought is quoted from both.
+
 Loads neither torch nor Triton, except ``environment``, which asks them for
 their versions.  Used by every chapter; described on the page "How the numbers
 were made".
@@ -318,8 +322,11 @@ def _complaint(data: Any, experiment: str | None) -> str | None:
             return f"lacks {name!r}"
         if not isinstance(data[name], kind):
             return f"has a {type(data[name]).__name__} as {name!r}"
-    if experiment is not None and data["experiment"] != experiment:
-        return f"is a record of {data['experiment']!r}, not of {experiment!r}"
+    wanted, _, commit = (experiment or data["experiment"]).partition("@")
+    if data["experiment"] != wanted:
+        return f"is a record of {data['experiment']!r}, not of {wanted!r}"
+    if not data["commit"].startswith(commit):
+        return f"was made at commit {data['commit'][:7]}, not at {commit}"
     if not (data["machine"].get("gpu") or data["machine"].get("cpu")):
         return "does not say which machine it was made on"
     for key, result in data["results"].items():
@@ -388,7 +395,8 @@ def load(
 
     Parameters
     ----------
-    experiment : its name, e.g. ``"hierarchy"``.
+    experiment : its name, e.g. ``"hierarchy"``; ``"hierarchy@0123abc"`` is the run that was kept
+        of that commit.
     machine : folder name of the machine (``machine_slug``).
     root : folder to read from instead of ``search_path``.
 
@@ -668,7 +676,8 @@ _ROLE = re.compile(r"(?<!`)\{rec\}`(?P<body>[^`]*)`")
 _COMMENT = re.compile(r"<!-- rec: (?P<target>\S+) -->(?P<text>[^<]*)<!-- /rec -->")
 _BODY = re.compile(r"\s*(?P<text>[^<>]+?)\s*<(?P<target>[^<>]+)>\s*")
 _TARGET = re.compile(
-    r"(?:(?P<machine>[a-z0-9-]+)/)?(?P<experiment>[a-z0-9_]+):(?P<key>[A-Za-z0-9_.=-]+)"
+    r"(?:(?P<machine>[a-z0-9-]+)/)?(?P<experiment>[a-z0-9_]+(?:@[0-9a-f]{7})?)"
+    r":(?P<key>[A-Za-z0-9_.=-]+)"
 )
 _FENCE = re.compile(r"^ {0,3}(?P<fence>`{3,}|~{3,})(?P<info>.*)$")
 
@@ -744,7 +753,8 @@ def _resolve(target: str, root: Path | str | None) -> tuple[Record, str]:
     if match is None:
         raise RecordError(
             f"{target!r} does not name a figure. Write 'experiment:key' or "
-            "'machine/experiment:key', e.g. 'hierarchy:copy_peak'."
+            "'machine/experiment:key', e.g. 'hierarchy:copy_peak'; another run's commit goes "
+            "behind the experiment, as in 'masks@899a359:time_dense_flash_forward'."
         )
     path = _find(match["experiment"], match["machine"] or DEFAULT_MACHINE, root)
     stat = path.stat()

@@ -66,6 +66,26 @@ def test_a_saved_record_is_read_back_whole(root):
     assert records.available(root) == {"nvidia-h200": ("demo",)}
 
 
+def test_another_run_is_kept_by_its_commit(root):
+    """It is found by its name only, and its name is what the file says of itself."""
+    text = path_of(root).read_text("utf-8")
+    commit = json.loads(text)["commit"][:7]
+    kept = path_of(root).with_stem(f"demo@{commit}")
+    kept.write_text(text.replace("4283700000000.0", "4183700000000.0"), "utf-8")
+    assert records.load("demo", root=root).value("copy_peak") == 4.2837e12
+    assert records.load(f"demo@{commit}", root=root).value("copy_peak") == 4.1837e12
+    records.check_quote("4.18 TB/s", f"demo@{commit}:copy_peak", root=root)
+    with pytest.raises(RecordError, match="4.18"):
+        records.check_quote("4.28 TB/s", f"nvidia-h200/demo@{commit}:copy_peak", root=root)
+    for wrong, why in (("demo@fffffff", "at commit"), (f"other@{commit}", "is a record of 'demo'")):
+        kept.rename(kept.with_stem(wrong))
+        with pytest.raises(RecordError, match=why):
+            records.load(wrong, root=root)
+        kept.with_stem(wrong).rename(kept)
+    with pytest.raises(RecordError, match="does not name a figure"):
+        records.check_quote("4.18 TB/s", "demo@xyz:copy_peak", root=root)
+
+
 def test_a_new_record_says_where_and_how_it_was_made():
     record = records.new_record("demo", RESULTS, command="make record")
     assert record.command == "make record"
