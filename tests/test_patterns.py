@@ -592,25 +592,18 @@ def test_lists_of_blocks_are_made_once_for_a_graph(how, monkeypatch):
 
 
 def test_a_pattern_that_is_made_inside_of_a_compiled_graph_has_its_parameters():
-    marks = (0, 1, 1, 0) * 4
     torch._dynamo.reset()
 
     @torch.compile(backend="eager", fullgraph=True)
     def attend(q, k, v, window):
         near = Blocked(Local(window), 4)
-        return [
-            pattern_attention(q, k, v, near, how="blocks", block=8),
-            pattern_attention(q, k, v, near, how="flex", block=8),
-            pattern_attention(q, k, v, Clustered(assignment=marks), how="blocks", block=8),
-            pattern_attention(q, k, v, "strided", how="blocks", block=8),
-        ]
+        return [pattern_attention(q, k, v, near, how=how, block=16) for how in ("blocks", "flex")]
 
     q, k, v, _ = draw(16, 16)
-    for window in (1, 2):
-        same = [Local(window).in_blocks(4), Local(window).in_blocks(4),
-                Clustered(assignment=marks), Strided()]  # fmt: skip
-        for out, p in zip(attend(q, k, v, window), same, strict=True):
-            torch.testing.assert_close(out, pattern_attention(q, k, v, p, how="naive"))
+    for window in (1, 2):  # the second is a symbol to the compiler
+        expected = pattern_attention(q, k, v, Local(window).in_blocks(4), how="naive")
+        for out in attend(q, k, v, window):
+            torch.testing.assert_close(out, expected)
     torch._dynamo.reset()
 
 
