@@ -156,14 +156,12 @@ def attend(
     ``compressed`` holds compressed keys and values ``[B, C, H, ·]`` where they are known already;
     otherwise they are means of blocks.
     """
-    branches, used, found, out = [], [], {}, None
+    outs, found, out = {}, {}, None
+    inputs = (q, k, v, *(g for g in gates.values() if g is not None))
+    graded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     q, q_slc, q_swa = share(q, 3)
-    if gates["g_swa"] is not None:
-        # First, because autograd then takes it last: the large workspace of the selection comes
-        # before the window's gradients, and not on top of them.
-        o, found["lse_swa"] = _attend_window(q_swa, k, v, call, window)
-        branches.append(o)
-        used.append(gates["g_swa"])
+    if gates["g_swa"] is not None and not graded:
+        outs["g_swa"], found["lse_swa"] = _attend_window(q_swa, k, v, call, window)
     if gates["g_cmp"] is not None or gates["g_slc"] is not None:
         if compressed is None:
             cu = call.cu
@@ -172,21 +170,26 @@ def attend(
             )
         o, found["lse_cmp"] = ops.attend_compressed(q, *compressed, call)
         if gates["g_cmp"] is not None:
-            branches.append(o)
-            used.append(gates["g_cmp"])
+            outs["g_cmp"] = o
         if gates["g_slc"] is not None or weights:
             found["blocks"] = ops.select(q, compressed[0], found["lse_cmp"], call)
     if gates["g_slc"] is not None:
-        selected, used = (q_slc, k, v, found["blocks"], call), [gates["g_slc"], *used]
-        # Last, because its kernel can add up all branches on its way out.
-        added = ops.add_selected(*selected, branches, used) if branches else None
-        if added is not None:
-            out, found["lse_slc"] = added
-        else:
-            o, found["lse_slc"] = ops.attend_selected(*selected)
-            branches = [o, *branches]
+        selected, others = (q_slc, k, v, found["blocks"], call), list(outs)
+        if others and not graded:
+            # Its kernel may add up all branches on its way out, so the others are there by now.
+            added = ops.add_selected(
+                *selected, [outs[n] for n in others], [gates[n] for n in ("g_slc", *others)]
+            )
+            out, found["lse_slc"] = added or (None, None)
+        if out is None:
+            outs["g_slc"], found["lse_slc"] = ops.attend_selected(*selected)
+    if gates["g_swa"] is not None and graded:
+        # Last, because autograd then takes it first: what it kept is given back before the
+        # selection asks for its workspace.
+        outs["g_swa"], found["lse_swa"] = _attend_window(q_swa, k, v, call, window)
     if out is None:
-        out = combine(branches, used)
+        names = [n for n in ("g_cmp", "g_slc", "g_swa") if n in outs]
+        out = combine([outs[n] for n in names], [gates[n] for n in names])
     if not weights:
         return out, {}
     blocks = found.get("blocks")

@@ -643,7 +643,8 @@ def extra_bytes(shape: Shape) -> dict[str, int]:
 
     Three outputs, three LSE, the chosen blocks, the compressed keys and values: a constant number
     per token.  A backward pass keeps all of it, and a forward pass without gradients holds it too
-    when the gates add up.  ``"backward"``: three scaled copies of dO and δ, while the pass runs.
+    when the gates add up (but where the selection's kernel adds up itself, on Hopper: one output
+    less).  ``"backward"``: three scaled copies of dO and δ, while the pass runs.
 
     >>> kept = extra_bytes(Shape(seq_len=32768))["kept"]
     >>> kept // 32768, kept // extra_bytes(Shape(seq_len=8192))["kept"]
