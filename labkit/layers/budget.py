@@ -606,9 +606,10 @@ def form_of(size: str) -> Form:
     return product
 
 
-#: CUDA's sum over rows: threads of a block, rows that one of them adds at least and at most, and
-#: what is resident on a card of 132 multiprocessors.  See ``_sum_bytes``.
-_SUM = {"columns": 128, "least": 64, "most": 1024, "blocks": 132 * 16}
+#: CUDA's sum over rows: threads of a block, rows that one of them adds at least and at most, what
+#: is resident on a card of 132 multiprocessors, and rows below which nothing is shared: with 512
+#: the H200 did not, with 1,024 it did (record training_step).  See ``_sum_bytes``.
+_SUM = {"columns": 128, "least": 64, "most": 1024, "blocks": 132 * 16, "shared": 1024}
 
 
 def _numbers(sizes: dict[str, int]) -> dict[str, int]:
@@ -624,8 +625,10 @@ def _sum_bytes(rows: int, width: int) -> int:
 
     A block of 128 threads sums four columns for each of 32 threads; rows are shared among blocks
     until the card is full or each has 16 rows a thread, and 256 at most.  Every thread of a block
-    has a place for each of its partial sums.
+    has a place for each of its partial sums.  Few rows are left to one block, which needs none.
     """
+    if rows < _SUM["shared"]:
+        return 0
     across = -(-width // _SUM["columns"])
     blocks = min(-(-_SUM["blocks"] // across), -(-rows // _SUM["least"]))
     blocks = max(blocks, -(-rows // _SUM["most"]))
