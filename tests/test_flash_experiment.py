@@ -6,6 +6,10 @@ The GPU part runs here on the CPU where it can: a worker judges a case through t
 from __future__ import annotations
 
 import math
+import os
+import signal
+import sys
+import time
 
 import oracle
 import pytest
@@ -122,10 +126,131 @@ def test_a_case_that_did_not_run_is_a_failure():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a worker that must fail")
-def test_a_worker_that_dies_fails_all_its_cases():
+def test_cases_that_cannot_run_say_why():
     done = common.work(experiment.suite(), [CASES[0], CASES[1]])  # there is no GPU
     assert [row["case"] for row in done] == [str(CASES[0]), str(CASES[1])]
-    assert all("failed" in row for row in done)
+    assert all("CUDA" in row["failed"] or "NVIDIA" in row["failed"] for row in done)
+
+
+# -- a run that has no time, or workers that go --------------------------------------------------
+
+WORKER = """
+import sys, time
+from dataclasses import asdict, dataclass
+from labkit.experiments._correctness import serve
+
+@dataclass(frozen=True)
+class Case:
+    what: str
+    dtype: str = "float16"
+    part: str = "whole"
+
+    def to_dict(self):
+        return asdict(self)
+
+    def __str__(self):
+        return self.what
+
+def run(case):
+    if "raise" in case.what:
+        raise ValueError("no such kernel")
+    if "die" in case.what:
+        sys.exit("illegal address")
+    if "hang" in case.what:
+        time.sleep(60)
+    print("not a row {")
+    found = {"ratio": 0.5, "rms": 0.1, "rms_plain": 0.2}
+    return [{"case": str(case), "road": "default", "dtype": case.dtype, "tensors": {"o": found}}]
+
+def far(case):
+    return [{"case": str(case), "road": "default", "dtype": case.dtype, "worst": 0.25}]
+
+if __name__ == "__main__":
+    serve(sys.modules[__name__])
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A worker whose cases do what they are called, and its suite."""
+    (tmp_path / "fake_worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    from importlib import import_module
+
+    module = import_module("fake_worker")
+    made = common.Suite(
+        worker="fake_worker", tensors=("o",), representative=(), repeated=(), watched=(),
+        groups={}, timeout_s=3,
+    )  # fmt: skip
+    yield module.Case, made
+    del sys.modules["fake_worker"]
+
+
+def judged(suite, cases, clock=None, **more):
+    result = experiment.Result()
+    silent = lambda done, total, what: None  # noqa: E731
+    distant = common.judge(suite, result, cases, 0, silent, clock, **more)
+    records.new_record("flash_correctness", result.results, result.rows, "test")
+    return result, distant
+
+
+def test_a_worker_that_dies_or_hangs_takes_its_own_case_along(fake, monkeypatch):
+    case, suite = fake
+    monkeypatch.setattr(common.os, "cpu_count", lambda: 2)  # one worker for all
+    wanted = [case(x) for x in ("a", "raise", "b", "die", "c", "hang", "d")]
+    result, distant = judged(suite, wanted, far=case("far"))
+    assert distant[0]["worst"] == 0.25
+    assert result.value("cases") == 7 and result.value("left_out") == 0
+    assert result.value("default_cases") == 4 and result.value("failures") == 3
+    why = {row["case"]: row["failed"] for row in result.rows if "failed" in row}
+    assert why == {
+        "raise": "ValueError: no such kernel", "die": "illegal address",
+        "hang": "not done after 3 s",
+    }  # fmt: skip
+    assert "repeats_unequal" not in result  # nothing was repeated
+
+
+def test_a_run_ends_with_its_time_and_says_what_it_left_out(fake):
+    case, suite = fake
+    result, _ = judged(suite, [case(x) for x in "abc"], common.Clock(0), far=case("far"))
+    assert result.value("cases") == 0 and result.value("left_out") == 3
+    assert result.value("failures") == 0
+    assert "3 of 3 cases were not judged" in result.notes[0]
+    assert "addresses: no time was left for far" in result.notes
+
+
+def test_a_run_that_is_told_to_end_keeps_what_it_has(fake, monkeypatch):
+    case, suite = fake
+    monkeypatch.setattr(common.os, "cpu_count", lambda: 2)
+
+    def told(done, total, what):
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = experiment.Result()
+    begin = time.monotonic()
+    with common.Clock(60) as clock:
+        common.judge(suite, result, [case(x) for x in ("a", "b", "hang", "c")], 0, told, clock)
+    assert time.monotonic() - begin < 10 and clock.left() <= 0
+    assert result.value("cases") == 2 and result.value("left_out") == 2
+    assert signal.getsignal(signal.SIGTERM) != clock.stop
+
+
+def test_a_command_that_takes_too_long_ends_with_its_children(monkeypatch):
+    monkeypatch.setattr(common, "_SANITIZER_TIMEOUT_S", 0.2)
+    begin = time.monotonic()
+    # a child of the child holds what would be a pipe
+    said = common._outcome(["sh", "-c", "sleep 60 & sleep 60"], dict(os.environ), common.Clock())
+    assert said.startswith("not done after") and time.monotonic() - begin < 5
+    assert common._outcome(["echo", "ran 3"], dict(os.environ), common.Clock()) == "ran 3\n"
+
+
+def test_the_first_cases_of_a_run_show_every_value():
+    every = common.spread(experiment.suite(), experiment.cases(quick=False))
+    assert sorted(map(str, every)) == sorted(map(str, experiment.cases(quick=False)))
+    facts = [set(case.to_dict().items()) for case in every]
+    assert set().union(*facts[: len(every) // 3]) == set().union(*facts)
 
 
 # -- compute-sanitizer -----------------------------------------------------------------------

@@ -185,6 +185,19 @@ def test_a_case_without_a_complete_block_is_judged_and_not_given_up():
     assert all(found["ratio"] <= 1 for found in row["tensors"].values())
 
 
+def test_a_run_that_ends_early_has_judged_a_bit_of_everything():
+    every = common.spread(experiment.suite(), experiment.cases(quick=False))
+    assert sorted(map(str, every)) == sorted(map(str, experiment.cases(quick=False)))
+    facts = [set(experiment._facts(case)) for case in every]
+    missing = set().union(*facts) - set().union(*facts[: len(every) // 4])
+    assert not missing
+    first = every[:12]
+    assert {c.part for c in first} == set(experiment.PARTS)
+    assert {c.dtype for c in first} == set(experiment.DTYPES)
+    hand = ("selection", "by hand", True)
+    assert any(hand in each for each in facts[:12]), "the kernels by hand"
+
+
 # -- figures ---------------------------------------------------------------------------------------
 
 

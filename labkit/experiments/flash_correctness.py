@@ -17,7 +17,7 @@ Taught in chapters 08 (the forward kernel) and 09 (the backward kernels).
 from __future__ import annotations
 
 from labkit.experiments import Progress, Result
-from labkit.experiments._correctness import Suite, judge, sanitize
+from labkit.experiments._correctness import LIMIT_S, Clock, Suite, judge
 from labkit.experiments._flash_cases import Case, matrix
 
 TITLE = "Correctness of the flash kernels: error, repeats, sanitizer"
@@ -74,28 +74,34 @@ def suite() -> Suite:
         worker="labkit.experiments._flash_worker",
         tensors=TENSORS, representative=representative(), repeated=repeated(), watched=watched(),
         groups={"": ["default", "descriptors"], "_by_hand": ["by_hand"]},
-        order=lambda c: (c.d, c.dv, c.dtype, c.causal, c.window is None),
     )  # fmt: skip
 
 
-def run(*, quick: bool, device: str | None = None, progress: Progress | None = None) -> Result:
+def run(
+    *, quick: bool, device: str | None = None, progress: Progress | None = None,
+    limit_s: float = LIMIT_S,
+) -> Result:  # fmt: skip
     """Judge, repeat, and watch.
+
+    Parameters
+    ----------
+    quick, device, progress : as for every experiment.
+    limit_s : no case begins after so many seconds; the record says how many did not.
 
     Returns
     -------
     Result
         ``rows``: one per case and road with the error of each tensor, the repeats, and the
-        sanitizer's summaries.  ``results``: ``cases``, ``failures`` (tensors beyond the bound, or
-        not computed); ``<dtype>_<tensor>_{cases,worst,rms,rms_plain}`` with ``worst`` the largest
+        sanitizer's summaries.  ``results``: ``cases`` (judged), ``left_out`` (cases that no time
+        was left for), ``failures`` (tensors beyond the bound, or not computed);
+        ``<dtype>_<tensor>_{cases,worst,rms,rms_plain}`` with ``worst`` the largest
         error / allowed; ``<road>_cases`` and ``<road>_worst``; ``repeats``, ``repeats_cases``,
         ``repeats_unequal``; ``{memcheck,racecheck}[_by_hand]_errors`` where the tool ran.
     """
     report = progress or (lambda done, total, what: None)
     result = Result()
     chosen = cases(quick)
-    judge(suite(), result, chosen, 20 if quick else REPEATS, report)
-    if not quick:
-        report(len(chosen) + 1, len(chosen) + 2, "compute-sanitizer")
-        sanitize(suite(), result)
-    report(len(chosen) + 2, len(chosen) + 2, "")
+    with Clock(limit_s) as clock:
+        judge(suite(), result, chosen, 20 if quick else REPEATS, report, clock, watch=not quick)
+    report(len(chosen) + 1, len(chosen) + 1, "")
     return result
