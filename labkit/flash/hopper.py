@@ -51,11 +51,13 @@ What was tried and gave nothing or less on an H200 (chapter 08 quotes what was k
   the tensor cores seems to make them alternate anyway;
 - one program per multiprocessor that takes its tiles in a fixed order: no gain without a mask and
   a loss with one, where tiles differ in length.  The hardware hands out the next tile when a
-  multiprocessor is free, and no fixed order knows when that is.  Under a near window it pays;
+  multiprocessor is free, and no fixed order knows when that is.  Under a near window nearly all
+  tiles of queries are equally long, and there it stayed;
 - one or two of four exponentials as a polynomial on the multiply-add units: no gain, and a loss;
 - one group of eight warps for 128 rows instead of two of four: a clear loss.  They wait for each
   other at every barrier;
-- tiles of 64 keys: a loss.  Each tile brings its rescaling of O and its barriers.
+- tiles of 64 keys where no window is near: a loss.  Each tile brings its rescaling of O and its
+  barriers.
 
 The design follows FlashAttention-3 (Shah et al. 2024).
 
