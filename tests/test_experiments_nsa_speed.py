@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 
@@ -154,13 +158,153 @@ def test_a_part_that_fails_leaves_a_note(monkeypatch):
         nsa_speed.run(quick=True, device="cpu", parts=["everything"])
 
 
+def plan_of(*parts, **more):
+    return {"dtype": "float32", "rep_ms": 1, "parts": parts, **more}
+
+
+def on_a_gpu(monkeypatch, plan, **parts):
+    """A full run on a card that is not there: its plan and its parts are made up."""
+    monkeypatch.setattr(nsa_speed, "_plan", lambda quick, device: plan)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for name, function in parts.items():
+        monkeypatch.setattr(nsa_speed, f"_{name}", function)
+
+
+def add_one(result, plan, device, item):
+    result.add(f"branch.{item}", 1.0, "s", "made up")
+
+
+@pytest.mark.parametrize("how", ["budget", "told"])
+def test_a_run_whose_time_is_over_has_what_it_measured(monkeypatch, how):
+    def slow(result, plan, device, item):
+        result.add("dense.forward.n1", 1.0, "s", "made up")
+        if how == "told":
+            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            time.sleep(30)
+        except Exception:  # as parts do, for functions that cannot run
+            pytest.fail("this is no failure of a function")
+
+    plan = plan_of("branches", "sweep", "topk", branches=["a"], sweep=[1], topk=["b"])
+    on_a_gpu(monkeypatch, plan, branches=add_one, sweep=slow, topk=add_one)
+    monkeypatch.setattr(
+        nsa_speed,
+        "_LONG",
+        {(part, x): 0.0 for part, x in (("branches", "a"), ("sweep", 1), ("topk", "b"))},
+    )
+    begin, before = time.monotonic(), signal.getsignal(signal.SIGTERM)
+    result = nsa_speed.run(quick=False, device="cuda", budget_s=0.5 if how == "budget" else 20)
+    assert time.monotonic() - begin < 10
+    assert {"branch.a", "dense.forward.n1"} <= set(result.results)
+    why = "its budget" if how == "budget" else "it was told to end"
+    assert [note.split(":")[0] for note in result.notes] == ["sweep 1", "topk b"]
+    assert all(why in note for note in result.notes)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    records.new_record("nsa_speed", result.results, result.rows, "test")
+
+
+def test_what_needs_no_peer_comes_first_and_no_compiler_runs_beside_it(monkeypatch):
+    done = []
+
+    class Compilers(nsa_speed._Compilers):
+        def start(self, jobs):
+            done.append(f"start {'fla' if any('fla' in job for job in jobs) else 'ours'}")
+            self.running["x"] = None
+
+        def wait(self, jobs, seconds):
+            assert 0 < seconds <= 230
+            done.append("wait")
+
+        def _signal(self, number):
+            done.append(number.name)
+            return False
+
+        def __exit__(self, *error): ...
+
+    def note(name):
+        return lambda result, plan, device, item: done.append(f"{name} {item}")
+
+    parts = ("sweep", "branches", "peers")
+    plan = plan_of(*parts, warm=True, sweep=[131072, 2048], branches=[131072], peers=["p"])
+    on_a_gpu(monkeypatch, plan, **{name: note(name) for name in parts})
+    monkeypatch.setattr(nsa_speed, "_Compilers", Compilers)
+    monkeypatch.setattr(nsa_speed, "_has_fla", lambda: True)
+    result = nsa_speed.run(quick=False, device="cuda")
+    assert result.notes == []
+    assert done == [
+        "start ours", "start fla", "wait", "SIGSTOP", "sweep 2048", "sweep 131072",
+        "branches 131072", "SIGCONT", "peers p",
+    ]  # fmt: skip
+    done.clear()
+    monkeypatch.setattr(nsa_speed, "_has_fla", lambda: False)
+    result = nsa_speed.run(quick=False, device="cuda")
+    assert "peers p" not in done and "not installed" in result.notes[0]
+
+
+def test_a_full_run_measures_what_the_chapter_quotes_and_fla_last(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    plan = nsa_speed._plan(False, "cuda")
+    assert plan["parts"][-1] == "peers" and {"sweep", "memory", "error"} < set(plan["parts"])
+    assert set(plan["parts"]) <= set(nsa_speed.PARTS)
+    assert {value for part, value in plan["peers"] if part == "sweep"} == {8192, 32768}
+    assert set(plan["sweep"]) == set(plan["branches"])
+
+
+def test_compilers_sleep_and_wake_and_leave_no_process(tmp_path, monkeypatch):
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import sys, time\n"
+        "if sys.argv[-1] == 'bad': sys.exit('no such kernel')\n"
+        "for _ in range(20 if sys.argv[-1] == 'good' else 999): time.sleep(0.05)\n"
+    )
+    popen = nsa_speed.subprocess.Popen
+    monkeypatch.setattr(
+        nsa_speed.subprocess, "Popen",
+        lambda command, **how: popen([command[0], str(script), command[4]], **how),
+    )  # fmt: skip
+    result = Result()
+    with nsa_speed._Compilers(result, "float32") as compilers:
+        compilers.start(["bad", "good", "slow"])
+        processes = {job: process for job, (process, _) in compilers.running.items()}
+        compilers.wait(["bad"], 20)
+        compilers.sleep()
+        stopped = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+        assert os.waitid(os.P_PID, processes["slow"].pid, stopped) is not None
+        compilers.finish(3)
+        assert processes["good"].returncode == 0
+        assert processes["slow"].returncode == -signal.SIGKILL
+        compilers.start(["slow"])
+        last = compilers.running["slow"][0]
+    assert last.returncode == -signal.SIGKILL
+    assert result.notes[0] == "compiling bad failed: no such kernel"
+    assert result.notes[1].startswith("compiling slow took longer than 3 s")
+    assert [row["item"] for row in result.rows] == ["compiling", "compiling"]
+
+
+def test_peers_add_their_figures_and_leave_those_that_are_there(monkeypatch):
+    def sweep(result, plan, device, n, fla):
+        assert fla
+        result.add("dense.forward.n8", 2.0, "s", "beside fla")
+        result.add("selection.fla.random.forward.n8", 4.0, "s", "made up")
+        result.rows.append({"part": "peers"})
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(nsa_speed, "_sweep", sweep)
+    result = Result()
+    result.add("dense.forward.n8", 1.0, "s", "the sweep's")
+    with pytest.raises(RuntimeError, match="memory"):
+        nsa_speed._peers(result, {}, "cuda", ("sweep", 8))
+    assert result.value("dense.forward.n8") == 1.0 and len(result.rows) == 1
+    assert result.value("selection.fla.random.forward.n8") == 4.0
+
+
 def test_every_unit_is_one_that_records_know():
     assert {made().unit(key) for key in made().results} <= set(records._BASE)
 
 
 class FakeCuda:
     """Every function takes 20 ms."""
-
 
     def __init__(self, flush, launch_included):
         assert flush and not launch_included
@@ -197,7 +341,7 @@ def test_functions_are_timed_in_turns_every_other_round_backwards(monkeypatch):
     times = nsa_speed._race(result, {"rep_ms": 120}, functions, {"part": "sweep"})
     assert times == {"a": 0.02, "b": 0.02}
     # once to see that it runs, once for its length, and then in turns
-    assert "".join(ran) == "ab" "ab" + "abba" * 3
+    assert "".join(ran) == "abab" + "abba" * 3
     assert [len(row["samples_ms"]) for row in result.rows] == [6, 6]
 
 

@@ -1,8 +1,8 @@
 """What ``labkit.experiments.nsa_speed`` runs in processes of its own.
 
-``python -m labkit.experiments._nsa_child warm WHOSE DTYPE``
-    compiles one implementation's kernels on a short sequence; several such processes run side by
-    side, and Triton's cache on disk keeps what they compile.
+``python -m labkit.experiments._nsa_child warm WHOSE DTYPE [SEQ_LEN]``
+    compiles one implementation's kernels; several such processes run side by side, and Triton's
+    cache on disk keeps what they compile.
 ``ncu … python -m labkit.experiments._nsa_child profile JSON``
     runs each road of the selection between ``cudaProfilerStart`` and ``cudaProfilerStop``, a
     marker kernel before each step (see ``labkit.experiments._dram_child``), and writes which ran
@@ -72,8 +72,8 @@ def profile(problem: Mapping[str, Any]) -> None:
             note(f"ran {step} {pattern}")
 
 
-def warm(whose: str, dtype: str) -> None:
-    """Compile what one implementation needs."""
+def warm(whose: str, dtype: str, seq_len: int = 0) -> None:
+    """Compile what one implementation needs; some kernels are compiled for a length."""
     import torch
 
     from labkit.experiments import nsa_speed
@@ -84,21 +84,27 @@ def warm(whose: str, dtype: str) -> None:
         shape = Shape(seq_len=8192, kv_heads=64 // int(whose.removeprefix("group_")), dtype=dtype)
     else:
         # fla's dK/dV is compiled for the number of blocks, and chooses at the first length it meets
-        shape = Shape(seq_len={"labkit": 32768, "topk": 16384}.get(whose, 8192), dtype=dtype)
+        shape = Shape(seq_len=seq_len or (16384 if whose == "topk" else 8192), dtype=dtype)
     x = nsa_speed._draw(shape, "random", "cuda", dtype)
     blocks = nsa_speed.choices(shape, "random", "cuda")
     qkv = (x["q"], x["k"], x["v"])
     if whose.startswith("group_"):
         torch.autograd.grad(nsa_speed._selection(shape, x, blocks), qkv, x["do"])
+        with torch.no_grad():
+            nsa_speed._selection(shape, x, blocks)
     elif whose == "topk":
         for count in (4, 16, 64):
             nsa_speed._chosen(Shape(seq_len=16384, count=count, dtype=dtype), x)
     elif whose == "labkit":
-        for seq_len in (32768, 2048):
-            one = Shape(seq_len=seq_len, dtype=dtype)
-            part = {name: y[:, :seq_len].detach().clone() for name, y in x.items()}
-            wanted = [part[name].requires_grad_() for name in ("q", "k", "v", "g_cmp", "g_slc")]
-            torch.autograd.grad(nsa_speed._whole(one, part), wanted, part["do"])
+        gates = [x[name] for name in ("g_cmp", "g_slc", "g_swa")]
+        torch.autograd.grad(nsa_speed._whole(shape, x), (*qkv, *gates), x["do"])
+        torch.autograd.grad(nsa_speed._selection(shape, x, blocks), qkv, x["do"])
+        with torch.no_grad():  # other kernels: the last one adds the branches
+            nsa_speed._whole(shape, x)
+            nsa_speed._whole(shape, x, False)
+        two = nsa_speed._whole(shape, x, False)
+        torch.autograd.grad(two, (*qkv, *gates[:2]), x["do"])
+    elif whose == "roads":
         with torch.no_grad():
             for road in ("queries", "keys"):
                 with suppress(Exception):
@@ -141,6 +147,6 @@ def warm(whose: str, dtype: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "warm":
-        warm(*sys.argv[2:4])
+        warm(*sys.argv[2:4], *map(int, sys.argv[4:5]))
     else:
         profile(json.loads(sys.argv[2]))

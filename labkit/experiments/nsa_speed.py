@@ -9,8 +9,8 @@ from a result with the reason among its notes:
 ``traffic``
     (interpreter) bytes that the kernels' loads and stores ask for, counted, and by the model.
 ``sweep``
-    selection, and the whole of three branches with top-k, beside fla-core's and beside dense
-    attention (torch's cuDNN backend), forward and backward, against T.  Two patterns of choice:
+    selection, and the whole of three branches with top-k, beside dense attention (torch's cuDNN
+    backend), forward and backward, against T.  Two patterns of choice:
     *random* (neighbours share the forced blocks only) and *local* (32 neighbours share three
     quarters).  The whole chooses for itself: from queries without a relation, and from queries of
     which 32 neighbours are alike.
@@ -20,14 +20,23 @@ from a result with the reason among its notes:
     selection by queries, by keys, and by hand: the same problem, each way.
 ``groups``
     G = 1 … 64 with the same number of query heads: the same useful operations.
+``memory``
+    bytes that a call holds, at two lengths.
 ``error``
     each implementation against float64.
 ``topk``
     claim C32: torch.topk over stored scores, and choosing while the scores are made.
+``peers``
+    fla-core where it can be imported (a note says if not): two lengths of the sweep, in turns with
+    ours and with dense attention once more, its error, and its top-k.  A ratio to fla's time is one
+    of this part; times of ours and of dense attention are those of the other parts.
 
-``memory`` and ``counters``, the bytes that are held and moved, are measured for ``nsa_bytes.py``.
+fla's kernels take minutes to compile and to choose their configurations, so they come last, and no
+other figure waits for them.  Its compilers start with ours, sleep while anything is
+timed, and go on before their turn.  A run ends with its budget of time, and records what it has.
 
-fla-core is a peer where it can be imported; a note says if not.
+``memory`` and ``counters``, the bytes that are held and moved, are also measured for
+``nsa_bytes.py``.
 
 Taught in chapter 13 (when is sparse faster than dense).  Claims C26, C32.
 """
@@ -39,11 +48,14 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -75,7 +87,7 @@ NEEDS_GPU = False
 
 PARTS = (
     "patterns", "traffic", "sweep", "branches", "roads", "groups", "memory", "error", "topk",
-    "counters",
+    "counters", "peers",
 )  # fmt: skip
 PASSES = ("forward", "backward")
 ROADS = ("queries", "keys", "hopper")
@@ -83,13 +95,15 @@ ROADS = ("queries", "keys", "hopper")
 _ALIKE = 32
 #: at most so many samples of a row are kept
 _SAMPLES = 15
-#: no part is begun that would probably end after so many seconds
-_BUDGET_S = 210
+#: no part is begun that would probably end after so many seconds, and what runs then ends
+BUDGET_S = 230
 #: what a part probably takes on an H200, where it is more than five seconds
-_LONG = {("counters", 32768): 45, ("sweep", 131072): 25, ("sweep", 65536): 15, ("sweep", 8192): 20,
+_LONG = {("counters", 32768): 45, ("sweep", 131072): 15, ("sweep", 65536): 8,
          ("branches", 131072): 8}  # fmt: skip
-#: for compiling beforehand, and for the profiler
+#: for compiling ours beforehand, and for the profiler
 _TIMEOUT_S = 60
+#: what is left for fla's own times when its compilers have to end
+_FOR_PEERS_S = 45
 
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -110,17 +124,18 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
     if quick:
         return {
             # no peers: compiling theirs takes a minute
-            "dtype": half, "rep_ms": 25, "warm": False, "peers": False,
+            "dtype": half, "rep_ms": 25, "warm": False,
             "patterns": [(2048, 16)],
             "sweep": [8192],
             "branches": [8192],
             "memory": [(2048, 8192)],
             "parts": ("patterns", "sweep", "branches"),
         }  # fmt: skip
-    # 8,192 first: fla's kernels choose their configurations at the first length they meet
+    # what the chapter cannot do without comes first
     lengths = [8192, 32768, 65536, 2048, 4096, 16384]
+    topk = [("n", n) for n in (4096, 8192, 16384, 32768, 65536)]
     return {
-        "dtype": half, "rep_ms": 60, "warm": True, "peers": True,
+        "dtype": half, "rep_ms": 60, "warm": True,
         "patterns": [(32768, 1), (32768, 4), (32768, 16)],
         "sweep": [*lengths, 131072],
         "branches": [8192, 65536, 32768, 2048, 4096, 16384, 131072],
@@ -128,11 +143,13 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
         "groups": [(8192, g, p) for p in PATTERNS for g in (16, 1, 2, 4, 8, 32, 64)],
         "memory": [(8192, 32768)],
         "error": ["rows", "gradients"],
-        "topk": [("n", n) for n in (4096, 8192, 16384, 32768, 65536)]
-        + [("s", s) for s in (4, 16, 64)],
+        "topk": [*topk, *(("s", s) for s in (4, 16, 64))],
         "counters": [32768],
-        # what the chapter cannot do without comes first
-        "parts": ("patterns", "sweep", "branches", "roads", "groups", "error", "topk"),
+        # 32,768 first: fla's kernels choose their configurations at the first length they meet
+        "peers": [("sweep", 32768), ("sweep", 8192), ("error", "rows"), ("error", "gradients"),
+                  *(("topk", knob) for knob in topk)],
+        "parts": ("patterns", "sweep", "branches", "roads", "groups", "memory", "error", "topk",
+                  "peers"),
     }  # fmt: skip
 
 
@@ -142,6 +159,7 @@ def run(
     device: str | None = None,
     progress: Progress | None = None,
     parts: Sequence[str] | None = None,
+    budget_s: float = BUDGET_S,
 ) -> Result:
     """Measure the parts that this device can.
 
@@ -149,6 +167,9 @@ def run(
     ----------
     quick, device, progress : as for every experiment.
     parts : some of :data:`PARTS`; by default all that the device can.
+    budget_s : what would probably end after so many seconds is left out, what then still runs is
+        stopped, and notes say so.  On a GPU, where the full form also ends when the process is
+        told to (SIGTERM), with what it has.
 
     Returns
     -------
@@ -169,32 +190,75 @@ def run(
         check_choice("part", part, PARTS)
     parts_here = plan["parts"] if parts is None else [p for p in PARTS if p in parts and p in plan]
     work = [(part, item) for part in parts_here for item in plan[part]]
-    # 128k last: it takes longest, and every other figure stands without it
-    work.sort(key=lambda w: w[1] == 131072)
+    # 128k after the others: it takes longest, and every other figure stands without it
+    work.sort(key=lambda w: (w[0] == "peers", w[1] == 131072))
     result, begin = Result(), time.monotonic()
     torch.manual_seed(0)
-    if device == "cuda":
-        _warm(result, plan, bool(parts))
     do = {
         "patterns": _patterns, "traffic": _traffic, "sweep": _sweep, "branches": _branches,
         "roads": _roads, "groups": _groups, "memory": _memory, "error": _error, "topk": _topk,
-        "counters": _counters,
+        "counters": _counters, "peers": _peers,
     }  # fmt: skip
-    for part, item in each(work, progress, lambda w: f"{w[0]} {w[1]}"):
-        spent = time.monotonic() - begin
-        if device == "cuda" and spent + _LONG.get((part, item), 5) > _BUDGET_S:
-            result.notes.append(f"{part} {item}: left out after {spent:.0f} s.")
-            continue
+    if device == "cuda" and quick:
+        result.notes.append("The short form has no peers: compiling their kernels takes long.")
+    timed = device == "cuda" and not quick
+    finished = 0
+    with _Compilers(result, plan["dtype"]) as compilers:
         try:
-            do[part](result, plan, device, item)
-        except Exception as error:  # one point fewer, not one record fewer
-            result.notes.append(f"{part} {item}: {first_line(error)}")
-        took = time.monotonic() - begin - spent
-        result.rows.append({"part": "clock", "item": f"{part} {item}", "seconds": round(took, 2)})
-        if device == "cuda":
-            torch.cuda.empty_cache()
+            with _ends(budget_s if timed else None):
+                wants_peers = plan.get("warm") and "peers" in parts_here
+                if wants_peers and not _warm(compilers, everything=parts is None):
+                    result.notes.append("fla-core is not installed: no row is its.")
+                    work = [w for w in work if w[0] != "peers"]
+                for part, item in each(work, progress, lambda w: f"{w[0]} {w[1]}"):
+                    spent = time.monotonic() - begin
+                    if part == "peers" and spent + _FOR_PEERS_S < budget_s:
+                        compilers.finish(budget_s - _FOR_PEERS_S - spent)
+                        spent = time.monotonic() - begin
+                    if device == "cuda" and spent + _LONG.get((part, item), 5) > budget_s:
+                        result.notes.append(f"{part} {item}: left out after {spent:.0f} s.")
+                        finished += 1
+                        continue
+                    try:
+                        do[part](result, plan, device, item)
+                    except Exception as error:  # one point fewer, not one record fewer
+                        result.notes.append(f"{part} {item}: {first_line(error)}")
+                    took = round(time.monotonic() - begin - spent, 2)
+                    row = {"part": "clock", "item": f"{part} {item}", "seconds": took}
+                    result.rows.append(row)
+                    finished += 1
+                    if device == "cuda":
+                        torch.cuda.empty_cache()
+        except _Over as over:
+            spent = time.monotonic() - begin
+            for part, item in work[finished:]:
+                result.notes.append(f"{part} {item}: stopped after {spent:.0f} s ({over}).")
     _summarise(result)
     return result
+
+
+class _Over(BaseException):
+    """The time is over; not an ``Exception``, so that nothing on the way takes it for its own."""
+
+
+@contextmanager
+def _ends(after_s: float | None) -> Iterator[None]:
+    """Raise :class:`_Over` in the block after so many seconds, or when the process is to end."""
+    if after_s is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(number: int, frame: object) -> None:
+        raise _Over("its budget" if number == signal.SIGALRM else "it was told to end")
+
+    before = {number: signal.signal(number, over) for number in (signal.SIGALRM, signal.SIGTERM)}
+    signal.setitimer(signal.ITIMER_REAL, max(0.01, after_s))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # -- what is attended ------------------------------------------------------------------------------
@@ -342,46 +406,105 @@ def _fla_whole(shape: Shape, x: Mapping[str, Any]) -> Any:
     )  # fmt: skip
 
 
-def _warm(result: Result, plan: dict[str, Any], partial: bool) -> None:
-    """Compile the kernels in several processes at once; what they compile is cached on disk."""
-    if not plan["peers"]:
-        result.notes.append("The short form has no peers: compiling their kernels takes long.")
-    if not plan["warm"] or partial:
-        return
-    jobs = ["labkit", "topk", *(f"group_{g}" for g in (1, 2, 4, 8, 32, 64))]
-    if _has_fla():
-        jobs += ["fla_forward", "fla_backward", "fla_whole"]
-    else:
-        result.notes.append("fla-core is not installed: no row is its.")
-    folder = tempfile.TemporaryDirectory()
-    # what they choose while others run is not to be kept: only what they compile is
-    apart = {"LABKIT_CACHE": folder.name, "FLA_CACHE_RESULTS": "0"}
-    environment = _with_path(dict(os.environ)) | apart
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "labkit.experiments._nsa_child", "warm", job, plan["dtype"]],
-            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for job in jobs
-    ]  # fmt: skip
-    end = time.monotonic() + _TIMEOUT_S
-    for job, process in zip(jobs, running, strict=True):
-        try:
-            _, said = process.communicate(timeout=max(1.0, end - time.monotonic()))
-            if process.returncode:
-                last = said.strip().splitlines()[-1:]
-                result.notes.append(f"compiling {job} failed: {' '.join(last)[:200]}")
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            result.notes.append(f"compiling {job} took longer than {_TIMEOUT_S} s.")
-    folder.cleanup()
-    took = round(time.monotonic() + _TIMEOUT_S - end, 2)
-    result.rows.append({"part": "clock", "item": "compiling", "seconds": took})
+class _Compilers:
+    """Processes that compile kernels beforehand; Triton keeps what they compile on disk.
+
+    They may be made to sleep, so that nothing of theirs runs beside what is timed.
+    """
+
+    def __init__(self, result: Result, dtype: str) -> None:
+        self.result, self.dtype = result, dtype
+        self.running: dict[str, tuple[subprocess.Popen, Path]] = {}
+        self._folder: tempfile.TemporaryDirectory | None = None
+
+    def start(self, jobs: Iterable[str]) -> None:
+        """``jobs``: what ``_nsa_child`` calls them, with a length if they need one."""
+        self._folder = self._folder or tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name)
+        # what they choose while others run is not to be kept: only what they compile is
+        apart = {"LABKIT_CACHE": str(folder), "FLA_CACHE_RESULTS": "0"}
+        environment = _with_path(dict(os.environ)) | apart
+        for job in jobs:
+            log = folder / (job.replace(" ", "_") + ".txt")
+            whose, *length = job.split()
+            with log.open("w") as file:
+                self.running[job] = (subprocess.Popen(
+                    [sys.executable, "-m", "labkit.experiments._nsa_child", "warm", whose,
+                     self.dtype, *length],
+                    env=environment, stdout=subprocess.DEVNULL, stderr=file,
+                    start_new_session=True,
+                ), log)  # fmt: skip
+
+    def wait(self, jobs: Iterable[str], seconds: float) -> None:
+        """Until these are done; those that are not by then are stopped, and a note says so."""
+        begin = time.monotonic()
+        waiting = [job for job in jobs if job in self.running]
+        while waiting:
+            process, log = self.running[waiting[0]]
+            job, took = waiting[0], time.monotonic() - begin
+            try:
+                process.wait(max(0.05, seconds - took))
+            except subprocess.TimeoutExpired:
+                self.result.notes.append(f"compiling {job} took longer than {seconds:.0f} s.")
+                _end(process)
+            else:
+                if process.returncode:
+                    last = log.read_text("utf-8", errors="replace").strip().splitlines()[-1:]
+                    self.result.notes.append(f"compiling {job} failed: {' '.join(last)[:200]}")
+            del self.running[waiting.pop(0)]
+        took = round(time.monotonic() - begin, 2)
+        self.result.rows.append({"part": "clock", "item": "compiling", "seconds": took})
+
+    def sleep(self) -> None:
+        """Stop those that run, until :meth:`finish`; what the GPU has of theirs comes to an end."""
+        if self._signal(signal.SIGSTOP):
+            time.sleep(0.5)
+
+    def finish(self, seconds: float) -> None:
+        """Wake those that sleep, and wait until they are done."""
+        if self._signal(signal.SIGCONT):
+            self.wait(list(self.running), seconds)
+
+    def _signal(self, number: int) -> bool:
+        for process, _ in self.running.values():
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        return bool(self.running)
+
+    def __enter__(self) -> _Compilers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process, _ in self.running.values():
+            _end(process)
+        self.running.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
-def _peers(plan: Mapping[str, Any]) -> bool:
-    return bool(plan.get("peers")) and _has_fla()
+def _end(process: subprocess.Popen) -> None:
+    """Kill a process that leads a session, and the compilers that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _warm(compilers: _Compilers, *, everything: bool) -> bool:
+    """Compile ours, several processes at once; fla's begin, and sleep when ours are done.
+
+    Returns whether there is an fla to compare with.
+    """
+    ours = ["labkit 32768", "labkit 2048"]
+    if everything:
+        ours += ["roads", "topk", *(f"group_{g}" for g in (1, 2, 4, 8, 32, 64))]
+    compilers.start(ours)
+    fla = _has_fla()
+    if fla:
+        compilers.start(f"{what} {n}" for n in (32768, 8192) for what in
+                        ("fla_backward", "fla_whole", "fla_forward"))  # fmt: skip
+    compilers.wait(ours, _TIMEOUT_S)
+    compilers.sleep()
+    return fla
 
 
 def _has_fla() -> bool:
@@ -541,8 +664,10 @@ def _traffic(result: Result, plan: dict[str, Any], device: str, item: dict[str, 
 # -- sweep -----------------------------------------------------------------------------------------
 
 
-def _sweep(result: Result, plan: dict[str, Any], device: str, n: int) -> None:
-    """Everything at one length, forward and backward, in turns."""
+def _sweep(
+    result: Result, plan: dict[str, Any], device: str, n: int, fla: bool = False
+) -> None:
+    """Everything at one length, forward and backward, in turns; with fla's, what it has too."""
     shape = Shape(seq_len=n, dtype=plan["dtype"])
     x = {pattern: _draw(shape, pattern, device, plan["dtype"]) for pattern in PATTERNS}
     one = x["random"]
@@ -556,11 +681,12 @@ def _sweep(result: Result, plan: dict[str, Any], device: str, n: int) -> None:
         functions[f"selection.labkit.{pattern}"] = (
             functools.partial(_selection, shape, one, blocks), qkv, one["do"]
         )  # fmt: skip
-        functions[f"whole.labkit.{pattern}"] = (
-            functools.partial(_whole, shape, here), every, here["do"]
-        )  # fmt: skip
+        if not fla:
+            functions[f"whole.labkit.{pattern}"] = (
+                functools.partial(_whole, shape, here), every, here["do"]
+            )  # fmt: skip
         # its time does not depend on the pattern: once is enough to show it
-        if _peers(plan) and (pattern == "random" or n == 32768):
+        elif pattern == "random" or n == 32768:
             functions[f"selection.fla.{pattern}"] = (
                 functools.partial(_fla_selection, shape, one, blocks.long()), qkv, one["do"]
             )  # fmt: skip
@@ -568,12 +694,12 @@ def _sweep(result: Result, plan: dict[str, Any], device: str, n: int) -> None:
     functions["two.labkit.random"] = (
         functools.partial(_whole, shape, one, False), [*qkv, one["g_cmp"], one["g_slc"]], one["do"]
     )  # fmt: skip
-    if _peers(plan):
+    if fla:
         functions["two.fla.random"] = (
             functools.partial(_fla_whole, shape, one), [*qkv, one["g_cmp"], one["g_slc"]],
             one["do"],
         )  # fmt: skip
-    found = _both(result, plan, functions, {"part": "sweep", "seq_len": n})
+    found = _both(result, plan, functions, {"part": "peers" if fla else "sweep", "seq_len": n})
     where = f"HQ 64, H 4, D 128, 16 blocks of 64, window 512, {plan['dtype']}, T = {n}; in turns"
     for what, times in found.items():
         for name, seconds in times.items():
@@ -584,6 +710,8 @@ def _sweep(result: Result, plan: dict[str, Any], device: str, n: int) -> None:
         for name in found["forward"] if name in found["backward"]
     }  # fmt: skip
     _ratios(result, totals, "both", n, where)
+    if fla:
+        return
     for pattern, here in x.items():
         chosen = _chosen(shape, here)
         if chosen is not None:
@@ -809,7 +937,9 @@ def _memory(result: Result, plan: dict[str, Any], device: str, lengths: tuple[in
 # -- error -----------------------------------------------------------------------------------------
 
 
-def _error(result: Result, plan: dict[str, Any], device: str, item: str) -> None:
+def _error(
+    result: Result, plan: dict[str, Any], device: str, item: str, fla: bool = False
+) -> None:
     """Against float64, from the same inputs: rows of a long sequence, gradients of a short one."""
     import torch
 
@@ -819,13 +949,12 @@ def _error(result: Result, plan: dict[str, Any], device: str, item: str) -> None
     q, k, v, do = (x[name] for name in ("q", "k", "v", "do"))
     blocks = choices(shape, "random", device)
     right = _right(shape, x, blocks, 64 if rows else shape.seq_len, torch.float64)
-    plain = _right(shape, x, blocks, 64 if rows else shape.seq_len, q.dtype)
     functions: dict[str, Callable[[], Any]] = {
         "labkit": functools.partial(_selection, shape, x, blocks)
     }
-    if _peers(plan):
-        functions["fla"] = functools.partial(_fla_selection, shape, x, blocks.long())
-    found = {"plain": plain}
+    if fla:
+        functions = {"fla": functools.partial(_fla_selection, shape, x, blocks.long())}
+    found = {} if fla else {"plain": _right(shape, x, blocks, right["o"].shape[1], q.dtype)}
     for who, fn in functions.items():
         try:
             out = fn()
@@ -895,7 +1024,9 @@ def _stored_scores(shape: Shape, q: Any, k_cmp: Any, lse: Any, out: Any) -> Any:
     return out
 
 
-def _topk(result: Result, plan: dict[str, Any], device: str, item: tuple[str, int]) -> None:
+def _topk(
+    result: Result, plan: dict[str, Any], device: str, item: tuple[str, int], fla: bool = False
+) -> None:
     """torch.topk over scores that lie in memory, and the kernel that stores none."""
     import torch
 
@@ -921,12 +1052,13 @@ def _topk(result: Result, plan: dict[str, Any], device: str, item: tuple[str, in
             functions["scores"] = functools.partial(
                 _stored_scores, shape, x["q"], kc, lse, torch.empty_like(out)
             )
-            if _peers(plan):
+            if fla:
                 functions["fla"] = functools.partial(
                     _fla("parallel_nsa_topk"), x["q"], kc, n, lse.transpose(1, 2).contiguous(),
                     count, shape.block_size, shape.head_dim**-0.5,
                 )  # fmt: skip
-        times = _race(result, plan, functions, {"part": "topk", "seq_len": n, "count": count})
+        part = "peers" if fla else "topk"
+        times = _race(result, plan, functions, {"part": part, "seq_len": n, "count": count})
     words = {
         "fused": "scores and choice in one kernel",
         "torch": "torch.topk alone over stored scores",
@@ -946,6 +1078,23 @@ def _topk(result: Result, plan: dict[str, Any], device: str, item: tuple[str, in
             how = f"scores and torch.topk over the fused kernel, T = {n}"
             both = times["torch"] + times["scores"]
             result.add(f"topk.stored_ratio.n{n}", both / times["fused"], "1", how)
+
+
+# -- peers -----------------------------------------------------------------------------------------
+
+
+def _peers(result: Result, plan: dict[str, Any], device: str, item: tuple[str, Any]) -> None:
+    """fla-core beside ours, in turns; figures that another part has measured stay that part's."""
+    part, value = item
+    apart = Result()
+    try:
+        {"sweep": _sweep, "error": _error, "topk": _topk}[part](
+            apart, plan, device, value, fla=True
+        )
+    finally:  # what was measured before the time was over
+        result.results = apart.results | result.results
+        result.rows += apart.rows
+        result.notes += apart.notes
 
 
 # -- counters --------------------------------------------------------------------------------------
