@@ -10,8 +10,10 @@ and a fused AdamW; each configuration is a backend of ``labkit.layers`` with a p
     launches hidden.  All configurations of a length in turns.
 ``memory``
     the most bytes alive during a step, by part.  On a GPU the allocator's own history says which
-    blocks are alive at the peak, and autograd's hooks which of them it keeps; on a CPU the step
-    is traced on FakeTensors.  Predicted by ``labkit.layers.budget``.
+    blocks are alive at the peak, autograd's hooks which of them it keeps, and who made a block
+    whether it is one of S and P: a shape cannot say, [batch, seq_len, 4 · dim] looks like scores
+    where seq_len = 4 · dim.  On a CPU the step is traced on FakeTensors.  Predicted by
+    ``labkit.layers.budget``.
 ``error``
     the gradient of the first layer's ``q_proj`` against the same step in float64.
 ``claim``
@@ -25,7 +27,8 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -363,7 +366,9 @@ def _forward(step: Any, x: Any) -> Any:
 def weigh(step: Any, x: Any, target: Any) -> dict[str, Any]:
     """Bytes alive at the peak of one step on a GPU, by part.
 
-    The step must have run before: it makes the optimiser's state, and compiles.
+    The step must have run before: it makes the optimiser's state, and compiles.  It runs twice
+    here: once with nothing but the allocator's counters, which give all totals, and once more with
+    its history and hooks, which give the parts.
 
     Returns
     -------
@@ -371,37 +376,53 @@ def weigh(step: Any, x: Any, target: Any) -> dict[str, Any]:
         ``peak`` (model, optimiser, batch and step), ``peak_<forward|backward|update>``, the
         parts at the peak, ``kept`` (bytes that the forward pass leaves to the backward pass),
         ``allocated`` and ``reserved`` (growth in blocks, and in memory from the driver).  If the
-        allocator's history cannot be read, the parts are missing and ``why`` says so.
+        allocator's history cannot be read, the parts are missing and ``why`` says so; ``why`` also
+        says if hooks changed the total by more than half a percent.
     """
     import torch
 
-    optimizer = step.optimizer
-    optimizer.zero_grad(set_to_none=True)
     held = _held(step, x, target)
-    torch.cuda.synchronize()
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_stats()
+    before = _at_rest(step)
     start = before["requested_bytes.all.current"]
     out: dict[str, Any] = {}
-    highest = {}
-    history = _History()
-    with history:
-        loss = _phase(highest, "forward", lambda: history.forward(step, x, target))
-        out["kept"] = torch.cuda.memory_stats()["requested_bytes.all.current"] - start
-        _phase(highest, "backward", functools.partial(step.backward, loss))
-        history.gradients(step)
-        del loss
-        _phase(highest, "update", step.update)
+    highest: dict[str, Any] = {}
+    loss = _phase(highest, "forward", lambda: step.forward(x, target))
+    out["kept"] = torch.cuda.memory_stats()["requested_bytes.all.current"] - start
+    _phase(highest, "backward", functools.partial(step.backward, loss))
+    del loss
+    _phase(highest, "update", step.update)
     for name, stats in highest.items():
         out[f"peak_{name}"] = stats["requested"] - start + sum(held.values())
     out["peak"] = max(out[f"peak_{name}"] for name in highest)
     for stat in ("allocated", "reserved"):
         now = before[f"{stat}_bytes.all.current"]
         out[stat] = max(stats[stat] for stats in highest.values()) - now
-    out |= history.parts(held, x.shape[1])
-    optimizer.zero_grad(set_to_none=True)
-    return out
+    _at_rest(step)
+    history = _History()
+    with history:
+        loss = history.forward(step, x, target)
+        step.backward(loss)
+        history.gradients(step)
+        del loss
+        step.update()
+        torch.cuda.synchronize()
+    parts = history.parts(held)
+    total = sum(parts.get(part, 0) for part in MEMORY_PARTS)
+    if "why" not in parts and abs(total / out["peak"] - 1) > 0.005:
+        parts["why"] = f"with hooks the peak was {total} bytes"
+    _at_rest(step)
+    return out | parts
+
+
+def _at_rest(step: Any) -> Mapping[str, int]:
+    """The allocator's counters when nothing of a step is left."""
+    import torch
+
+    step.optimizer.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_stats()
 
 
 def _phase(highest: dict, name: str, work: Callable[[], Any]) -> Any:
@@ -439,15 +460,30 @@ def _held(step: Any, x: Any, target: Any) -> dict[str, int]:
     }
 
 
+#: bytes that a tensor of scores may have
+Sizes = tuple[int, ...]
+
+
 class _History:
-    """The allocator's history of one step, and what its blocks were for."""
+    """The allocator's history of one step, and what its blocks were for.
+
+    S and P, their copies and their gradients are the blocks of ``batch · heads · seq_len²``
+    elements that naive attention made, or the backward pass of what it did.  Others may be as
+    large, or have such a shape, and are made elsewhere.  What attention makes beside them has
+    head_dim in the place of a seq_len; where a size could be either, there are no parts.
+    """
 
     def __init__(self) -> None:
         self.why = ""
-        self.saved: dict[int, tuple] = {}
+        self.saved: dict[int, str] = {}
         self.grads: set[int] = set()
         self.after_forward = 0
         self.events: list[dict] = []
+        #: (first, end, sizes): allocations, by number, among which scores have one of these sizes
+        self.attention: list[tuple[int, int, Sizes]] = []
+        self._base = 0
+        #: numbers of autograd's nodes that attention made, and the sizes of its scores
+        self._nodes: list[tuple[int, int, Sizes]] = []
 
     def __enter__(self) -> _History:
         import torch
@@ -456,6 +492,7 @@ class _History:
             torch.cuda.memory._record_memory_history("all", context=None, max_entries=500_000)
         except Exception as error:
             self.why = first_line(error)
+        self._base = self._allocations()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -480,27 +517,89 @@ class _History:
             return []
         return [e for e in events if e["action"] in ("alloc", "free_requested", "free")]
 
+    def _allocations(self) -> int:
+        """How many there were until now."""
+        import torch
+
+        return torch.cuda.memory_stats()["allocation.all.allocated"] - self._base
+
     def forward(self, step: Any, x: Any, target: Any) -> Any:
         """The forward pass, with every tensor that autograd keeps noted by its storage."""
         from torch.autograd.graph import saved_tensors_hooks
 
-        shapes = {tuple(p.shape) for p in step.model.parameters() if p.dim() == 2}
-        shapes |= {shape[::-1] for shape in shapes}
-
         def pack(t):
-            if t.is_cuda:
-                kind = "activations"
-                if tuple(t.shape)[-2:].count(x.shape[1]) == 2 and t.dim() > 2:
-                    kind = "scores"
-                elif t.dim() == 2 and tuple(t.shape) in shapes and t.shape[0] != x.shape[1]:
-                    kind = "weights"
-                self.saved[t.untyped_storage().data_ptr()] = kind
+            self.saved[t.untyped_storage().data_ptr()] = "activations"
             return t
 
-        with saved_tensors_hooks(pack, lambda t: t):
+        with saved_tensors_hooks(pack, lambda t: t), self._watching_attention():
             loss = step.forward(x, target)
+        nodes = _graph(loss)
+        parameters = {id(p) for p in step.model.parameters()}
+        for node in nodes:
+            self._weights_of(node, parameters)
+        self._watch_backward(nodes)
         self.after_forward = len(self._read())
         return loss
+
+    @contextmanager
+    def _watching_attention(self) -> Iterator[None]:
+        """Note what naive attention allocates, and which nodes it leaves to autograd."""
+        import torch
+
+        from labkit import naive
+
+        real = naive.naive_attention
+
+        def watched(q, k, v, **options):
+            node, first = _next_node(), self._allocations()
+            out = real(q, k, v, **options)
+            # autocast takes the softmax in float32, and the products in half precision
+            mixed = torch.is_autocast_enabled(q.device.type)
+            bytes_ = {2, 4} if mixed else {q.element_size()}
+            others = {each * width for each in bytes_ for width in (q.shape[3], v.shape[3])}
+            if others & {each * k.shape[2] for each in bytes_}:
+                self.why = f"{k.shape[2]} tokens: scores are as large as q"
+            sizes = tuple(each * q.shape[:3].numel() * k.shape[2] for each in bytes_)
+            self.attention.append((first, self._allocations(), sizes))
+            self._nodes.append((node, _next_node(), sizes))
+            return out
+
+        naive.naive_attention = watched
+        try:
+            yield
+        finally:
+            naive.naive_attention = real
+
+    def _weights_of(self, node: Any, parameters: set[int]) -> None:
+        """The matrix that a linear layer keeps is a weight, or autocast's copy of one."""
+        if not node.name().startswith(("AddmmBackward", "MmBackward")):
+            return
+        source = node.next_functions[-1][0]  # of the second matrix
+        while source is not None and not hasattr(source, "variable"):
+            if len(source.next_functions) != 1:
+                return
+            source = source.next_functions[0][0]
+        if source is not None and id(source.variable) in parameters:
+            kept = node._saved_mat2
+            if kept is not None:
+                self.saved[kept.untyped_storage().data_ptr()] = "weights"
+
+    def _watch_backward(self, nodes: Sequence[Any]) -> None:
+        """Note what the nodes that attention left allocate: until the next node begins."""
+        open_: list[tuple[int, Sizes]] = []
+
+        def begins(sizes: Sizes | None, *_: Any) -> None:
+            now = self._allocations()
+            if open_:
+                first, before = open_.pop()
+                self.attention.append((first, now, before))
+            if sizes is not None:
+                open_.append((now, sizes))
+
+        for node in nodes:
+            number = node._sequence_nr()
+            own = [sizes for first, end, sizes in self._nodes if first <= number < end]
+            node.register_prehook(functools.partial(begins, own[0] if own else None))
 
     def gradients(self, step: Any) -> None:
         self.grads = {
@@ -509,20 +608,23 @@ class _History:
             if p.grad is not None
         }
 
-    def parts(self, held: Mapping[str, int], seq_len: int) -> dict[str, Any]:
+    def parts(self, held: Mapping[str, int]) -> dict[str, Any]:
         """Bytes of each part at the peak: what was held before, and the blocks alive then."""
         if self.why or not self.events:
             return {"why": f"no history of the allocator: {self.why or 'it is empty'}"}
         alive: dict[int, int] = {}  # address → number of the event that made it
         made_for: dict[int, str] = {}
-        live = peak = 0
+        live = peak = allocated = 0
         at_peak: list[int] = []
         for number, event in enumerate(self.events):
             if number == self.after_forward:
                 for address, maker in alive.items():
-                    made_for[maker] = self.saved.get(address, "workspace")
+                    made_for.setdefault(maker, self.saved.get(address, "workspace"))
             if event["action"] == "alloc":
                 alive[event["addr"]] = number
+                if self._are_scores(allocated, event["size"]):
+                    made_for[number] = "scores"
+                allocated += 1
                 live += event["size"]
                 if live > peak:
                     peak, at_peak = live, list(alive.values())
@@ -533,19 +635,34 @@ class _History:
             made_for[last[address]] = "gradients"
         out = {part: held.get(part, 0) for part in MEMORY_PARTS}
         for number in at_peak:
-            size = self.events[number]["size"]
-            kind = made_for.get(number, "workspace")
-            if kind == "workspace" and size >= self._square(seq_len):
-                kind = "scores"
-            out[kind] += size
+            out[made_for.get(number, "workspace")] += self.events[number]["size"]
         return out
 
-    def _square(self, seq_len: int) -> int:
-        """Bytes from which on a passing tensor counts as scores: those of the kept ones."""
-        sizes = {e["addr"]: e["size"] for e in self.events[: self.after_forward]}
-        kept = [sizes[a] for a, kind in self.saved.items() if kind == "scores" and a in sizes]
-        # the smallest of them may be the mask; halves of a kept P are scores as well
-        return max(kept) // 2 if kept else 2**62
+    def _are_scores(self, number: int, size: int) -> bool:
+        """Whether an allocation, by its number and the bytes asked for, is one of S and P."""
+        return any(
+            first <= number < end and size in sizes for first, end, sizes in self.attention
+        )
+
+
+def _graph(loss: Any) -> list[Any]:
+    """Every node of autograd behind a loss."""
+    found: dict[Any, None] = {}
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found[node] = None
+            waiting += [source for source, _ in node.next_functions]
+    return list(found)
+
+
+def _next_node() -> int:
+    """The number of autograd's node that is made now; the next ones have higher ones."""
+    import torch
+
+    with torch.enable_grad():
+        return torch.ones((), requires_grad=True).clone().grad_fn._sequence_nr()
 
 
 # -- claim C22 -------------------------------------------------------------------------------------
