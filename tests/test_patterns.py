@@ -543,10 +543,51 @@ def test_a_matrix_made_in_inference_mode_serves_training_and_a_fake_one_is_not_k
     assert torch.isfinite(pattern_attention(q, k, v, Local(9))).all()
 
 
-def test_importing_the_package_loads_neither_torch_nor_triton():
-    code = "import sys, labkit.patterns; print('torch' in sys.modules, 'triton' in sys.modules)"
+@pytest.mark.parametrize("how", ["naive", "blocks"])
+@pytest.mark.parametrize("pattern", [Local(9), Clustered(assignment=[0, 1, 2] * 16)], ids=str)
+@pytest.mark.parametrize("place", ["inference", "fake", "grad"])
+def test_what_is_made_in_passing_is_not_kept(place, pattern, how):
+    """Tensors of another world are no use in this one, nor the other way round."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from labkit.patterns import attention, definitions
+
+    reorder = isinstance(pattern, Clustered)
+
+    def attend(q):
+        return pattern_attention(q, q, q, pattern, how=how, block=16, reorder=reorder).sum()
+
+    def elsewhere():
+        if place == "inference":
+            with torch.inference_mode():
+                attend(torch.randn(1, 2, 48, 16))
+        elif place == "grad":
+            torch.func.grad(attend)(torch.randn(1, 2, 48, 16))
+        elif how == "naive":  # of blocks a fake tensor is refused
+            with FakeTensorMode():
+                attend(torch.randn(1, 2, 48, 16))
+
+    patterns.clear_masks()
+    definitions._kept_table.cache_clear()
+    elsewhere()
+    q = torch.randn(1, 2, 48, 16, requires_grad=True)
+    assert torch.autograd.grad(attend(q), q)[0].isfinite().all()
+    elsewhere()
+    held = [x for made in attention._made_before.values() for x in made]
+    held += [t for line in held if isinstance(line, tuple) for t in line]
+    tensors = [x for x in held if isinstance(x, torch.Tensor)]
+    assert tensors and not any(x.is_inference() for x in tensors)
+    assert not any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+    assert {type(x) for x in tensors} == {torch.Tensor}
+
+
+def test_importing_loads_neither_torch_nor_triton_and_masks_not_the_compiler():
+    code = (
+        "import sys, labkit.patterns; print('torch' in sys.modules, 'triton' in sys.modules)\n"
+        "from labkit.patterns import attention, masks; print('torch._dynamo' in sys.modules)"
+    )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.split() == ["False", "False"]
+    assert ran.stdout.split() == ["False", "False", "False"]
     assert set(patterns.__all__) <= set(dir(patterns))
     assert all(getattr(patterns, name) is not None for name in patterns.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Lokal'"):
@@ -589,6 +630,12 @@ def test_lists_of_blocks_are_made_once_for_a_graph(how, monkeypatch):
                 torch.testing.assert_close(ours, theirs)
     assert made == list(dict.fromkeys(lengths))
     torch._dynamo.reset()
+
+
+def test_a_constant_is_marked_as_torch_marks_it():
+    ours = patterns.masks.constant(lambda: 0)
+    theirs = torch.compiler.assume_constant_result(lambda: 0)
+    assert vars(ours) == vars(theirs) != {}
 
 
 def test_a_pattern_that_is_made_inside_of_a_compiled_graph_has_its_parameters():

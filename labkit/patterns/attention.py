@@ -54,7 +54,7 @@ from labkit.errors import ArgumentError, check_choice, check_positive_int
 from labkit.flash.recompute import block_of_pairs, delta
 from labkit.online_softmax import finish, identity, update
 from labkit.patterns import masks
-from labkit.patterns.definitions import Local, Pattern
+from labkit.patterns.definitions import Local, Pattern, lasting
 from labkit.patterns.definitions import pattern as find_pattern
 from labkit.shapes import Sizes, check_qkv, check_scale
 
@@ -146,17 +146,10 @@ def _in_its_order(q, k, v, which: Pattern, sizes, how: dict[str, Any]) -> torch.
             "reorder", True, f"needs as many queries as keys, not {sizes.seq_len_q} and "
             f"{sizes.seq_len_k}.", "Leave it out.",
         )  # fmt: skip
-    there, tokens, places = _order(which, sizes.seq_len_k, str(q.device))
+    size = (sizes.seq_len_q, sizes.seq_len_k, False)
+    there, tokens, places = _made("order", which, size, q, 1)
     q, k, v = (x.index_select(2, tokens) for x in (q, k, v))
     return pattern_attention(q, k, v, there, **how).index_select(2, places)
-
-
-@functools.lru_cache(maxsize=8)
-def _order(which: Pattern, seq_len: int, device: str) -> tuple[Pattern, torch.Tensor, torch.Tensor]:
-    """The reordered pattern, the token at each place, and the place of each token."""
-    there = which.reordered(seq_len)
-    tokens = torch.tensor(there.tokens, device=device)
-    return there, tokens, torch.argsort(tokens)
 
 
 # -- the ways ----------------------------------------------------------------------------------
@@ -323,7 +316,7 @@ _made_before: OrderedDict[tuple, Any] = OrderedDict()
 
 
 def clear_masks() -> None:
-    """Let go of the matrices and lists of blocks that earlier calls have made.
+    """Let go of the matrices, orders and lists of blocks that earlier calls have made.
 
     Lists that a compiled graph holds go with the graph (``torch.compiler.reset``).
     """
@@ -336,12 +329,14 @@ def _made(kind: str, which: Pattern, size: tuple[int, int, bool], q: torch.Tenso
     return _kept(kind, which, size, str(q.device), block)
 
 
-@torch.compiler.assume_constant_result  # a pattern and a length have one list
+@masks.constant  # a pattern and a length have one list
 def _lines_of(of: Any, size: tuple[int, int, bool], device: str, block: int) -> list:
     return _kept("blocks", masks.from_recipe(of), size, device, block)
 
 
 def _kept(kind: str, which: Pattern, size: tuple[int, int, bool], device: str, block: int):
+    if not lasting():
+        return _make(kind, which, size, device, block)
     key = (kind, which, size, device, block if kind != "matrix" else None)
     if key not in _made_before:
         # outside inference mode too a later backward pass has to be able to save it
@@ -359,6 +354,10 @@ def _make(kind: str, which: Pattern, size: tuple[int, int, bool], device: Any, b
         return masks.block_mask(which, n_q, n_k, causal=causal, device=device, block=block)
     if kind == "blocks":
         return _lines(which, n_q, n_k, causal, device, block)
+    if kind == "order":  # the reordered pattern, the token at each place, the place of each token
+        there = which.reordered(n_k)
+        tokens = torch.tensor(there.tokens, device=device)
+        return there, tokens, torch.argsort(tokens)
     mask = masks.dense_mask(which, n_q, n_k, causal=causal, device=device)
     return mask, _empty_rows(mask, which.sees_own and n_q <= n_k)
 

@@ -532,8 +532,34 @@ def _short(values: tuple) -> str:
     return str(values) if len(values) <= 8 else f"({', '.join(map(str, values[:8]))}, …)"
 
 
-@lru_cache(maxsize=32)
 def _table(assignment: tuple[int, ...], device: str) -> Any:
+    return (_kept_table if lasting() else _new_table)(assignment, device)
+
+
+@lru_cache(maxsize=32)
+def _kept_table(assignment: tuple[int, ...], device: str) -> Any:
+    import torch
+
+    with torch.inference_mode(False):  # a later backward pass has to be able to save it
+        return _new_table(assignment, device)
+
+
+def _new_table(assignment: tuple[int, ...], device: str) -> Any:
     import torch
 
     return torch.tensor(assignment, dtype=torch.int32, device=device)
+
+
+def lasting() -> bool:
+    """Whether a tensor that is made now may be kept: it has data, and no transformation owns it.
+
+    Made under FakeTensorMode it is fake, and under ``torch.func.grad`` it is a wrapper that is
+    nothing once the gradient is there; while ``torch.compile`` traces it is part of a graph.
+    """
+    import torch
+
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    one = torch.empty(0)
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(one)
+    return type(one) is torch.Tensor and not one.is_meta and not wrapped

@@ -135,7 +135,17 @@ def block_mask_bytes(mask: Any) -> int:
     return sum(x.numel() * x.element_size() for x in held)
 
 
-@torch.compiler.assume_constant_result  # in a graph: made while it is traced, not on each call
+def constant(function: Callable) -> Callable:
+    """Mark what ``torch.compile`` is to run while it traces, and to take the result as it is.
+
+    The mark that ``torch.compiler.assume_constant_result`` sets, which in torch 2.13 loads the
+    compiler to do it: seconds for everybody who wants a mask.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant  # in a graph: made while it is traced, not on each call
 def _lists(
     of: Any, n_q: int, n_k: int, block: int, causal: bool, device: Any
 ) -> tuple[torch.Tensor, ...]:
