@@ -299,6 +299,63 @@ def test_peers_add_their_figures_and_leave_those_that_are_there(monkeypatch):
     assert result.value("selection.fla.random.forward.n8") == 4.0
 
 
+@pytest.mark.parametrize("fla", [False, True])
+def test_fla_is_timed_beside_ours_and_dense_and_nowhere_else(monkeypatch, fla):
+    tiny = Shape(seq_len=32, heads=4, kv_heads=1, head_dim=16, block_size=16, count=2,
+                 dtype="float32")  # fmt: skip
+    monkeypatch.setattr(nsa_speed, "Shape", lambda **how: tiny)
+    monkeypatch.setattr(nsa_speed, "_dense_backend", lambda result, x: "any")
+    monkeypatch.setattr(nsa_speed, "_dense", lambda x, backend: x["q"] * 1)
+    monkeypatch.setattr(nsa_speed, "_chosen", lambda shape, x: None)
+    for name in ("_selection", "_fla_selection", "_fla_whole"):
+        monkeypatch.setattr(nsa_speed, name, lambda shape, x, *more: x["q"] * 2)
+    monkeypatch.setattr(
+        nsa_speed, "_whole",
+        lambda shape, x, window=True: sum(x[n][..., None] * x["q"] for n in (
+            ("g_cmp", "g_slc", "g_swa") if window else ("g_cmp", "g_slc"))) + x["k"].sum()
+        + x["v"].sum(),
+    )  # fmt: skip
+    monkeypatch.setattr(nsa_speed, "_gradient", lambda out, wanted, dout: lambda: None)
+    raced = []
+
+    def race(result, plan, functions, labels, extra=None):
+        for fn in functions.values():
+            fn()
+        raced.append((labels["part"], labels["pass"], set(functions)))
+        return {name: 2.0 if ".fla." in name else 1.0 for name in functions}
+
+    monkeypatch.setattr(nsa_speed, "_race", race)
+    result, plan = Result(), {"dtype": "float32"}
+    if fla:
+        nsa_speed._peers(result, plan, "cpu", ("sweep", 32768))
+    else:
+        nsa_speed._sweep(result, plan, "cpu", 32768)
+    assert result.notes == []
+    ours = {"dense", "two.labkit.random", "selection.labkit.random", "selection.labkit.local"}
+    theirs = {"two.fla.random", "selection.fla.random", "selection.fla.local"}
+    wholes = {"whole.labkit.random", "whole.labkit.local"}
+    assert raced == [
+        ("peers" if fla else "sweep", what, ours | (theirs if fla else wholes))
+        for what in nsa_speed.PASSES
+    ]
+    for kind in ("selection.vs_fla.random", "selection.vs_fla.local", "two.vs_fla.random"):
+        for what in (*nsa_speed.PASSES, "both"):
+            key = f"{kind}.{what}.n32768"
+            assert (key in result) == fla and (not fla or result.value(key) == 0.5)
+    assert ("whole.speedup.random.forward.n32768" in result) != fla
+
+
+def test_flas_error_is_found_apart_from_ours(monkeypatch):
+    monkeypatch.setattr(nsa_speed, "Shape", lambda **how: SMALL)
+    monkeypatch.setattr(nsa_speed, "_fla_selection", lambda shape, x, blocks: x["q"] + 0 * (
+        x["k"].sum() + x["v"].sum()))  # fmt: skip
+    result = Result()
+    nsa_speed._peers(result, {"dtype": "float32"}, "cpu", ("error", "gradients"))
+    assert result.notes == []
+    assert {key.split(".")[1] for key in result.results} == {"fla"}
+    assert {row["tensor"] for row in result.rows} == {"o", "dq", "dk", "dv"}
+
+
 def test_every_unit_is_one_that_records_know():
     assert {made().unit(key) for key in made().results} <= set(records._BASE)
 

@@ -250,7 +250,8 @@ def _end(process: subprocess.Popen[Any]) -> None:
     """Kill a process that leads a session, and its children: a compiler, or who is watched."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps even a killed process
+        process.wait(5)
 
 
 def _failed(case: Any, why: str) -> dict[str, Any]:

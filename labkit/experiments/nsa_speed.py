@@ -486,7 +486,8 @@ def _end(process: subprocess.Popen) -> None:
     """Kill a process that leads a session, and the compilers that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps even a killed process
+        process.wait(5)
 
 
 def _warm(compilers: _Compilers, *, everything: bool) -> bool:
