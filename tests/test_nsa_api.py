@@ -25,7 +25,9 @@ from labkit.nsa import (
     ops,
     pool_mean,
     select_blocks,
+    selection,
 )
+from labkit.nsa.api import attend
 from labkit.nsa.call import Call
 
 
@@ -376,6 +378,63 @@ def test_autograd_keeps_each_output_once(listening, device):
     size = sum(x.bytes for x in report.tensors if not x.is_input)
     expected = 3 * 40 * 2 * 16 * 4 + 3 * 40 * 2 * 4 + 2 * 2 * 16 * 4 + 40 * 2 * 4
     assert size == expected, (size, expected, kept)
+
+
+@pytest.fixture
+def adding(monkeypatch):
+    """The sum as the selection's last step, as the Hopper kernel makes it; how many it added."""
+    added = []
+
+    def forward_sum(q, k, v, blocks, call, others, gates):
+        o, lse = selection.forward(q, k, v, blocks, call)
+        added.append(len(others))
+        parts = zip(gates, (o, *others), strict=True)
+        return sum(g.float()[..., None] * x.float() for g, x in parts).to(q.dtype), lse
+
+    monkeypatch.setattr(selection, "forward_sum", forward_sum)
+    return added
+
+
+@pytest.mark.parametrize(
+    ("off", "window", "others"),
+    [((), 8, [2]), ((), 0, [2]), ((0,), 8, [1]), ((2,), 8, [1]), ((1,), 8, []), ((0, 2), 8, [])],
+)
+def test_a_sum_as_the_last_step_has_the_same_parts(off, window, others, adding, device):
+    tensors, _ = problem(device, m=20)
+    only = [None if i - 3 in off else x for i, x in enumerate(tensors)]
+    how = {**SMALL, "window_size": window, "return_attn_weights": True}
+    with FlopCounterMode(display=False):  # the road through the operators
+        expected, known = nsa_func(*only, **how)
+    assert adding == []
+    found, weights = nsa_func(*only, **how)
+    assert adding == others
+    torch.testing.assert_close(found, expected)
+    for name in ("compression", "selection", "sliding_window"):
+        lse, same = weights[name]["lse"], known[name]["lse"]
+        assert lse is same is None or torch.equal(lse, same)
+
+
+def test_where_somebody_listens_each_branch_is_there_by_itself(adding, device):
+    tensors, dout = problem(device, m=20)
+    plain = [x.detach() for x in tensors]
+    for i in range(len(plain)):
+        leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(plain)]
+        torch.autograd.grad(nsa_func(*leaves, **SMALL), leaves[i], dout)
+        assert adding == []
+    with forward_ad.dual_level(), pytest.raises(LabError, match="forward-mode"):
+        nsa_func(*plain[:5], forward_ad.make_dual(plain[5], plain[5]), **SMALL)
+    assert adding == []
+    # nor where only the compressed keys have a gradient
+    q, k, v, *g = plain
+    pooled = [pool_mean(x, 16).requires_grad_() for x in (k, v)]
+    sizes = dict.fromkeys(("block_size", "length", "stride"), 16)
+    call = Call(scale=0.25, **sizes, count=2, max_q=20, max_k=20)
+    o, _ = attend(q, k, v, {f"g_{n}": x for n, x in zip(("cmp", "slc", "swa"), g, strict=True)},
+                  call, 9, compressed=pooled)  # fmt: skip
+    assert adding == [] and torch.autograd.grad(o, pooled, dout)[0].abs().sum() > 0
+    with torch.no_grad():
+        nsa_func(*leaves, **SMALL)
+    assert adding == [2]
 
 
 def test_nothing_is_kept_without_gradients(device):

@@ -167,6 +167,8 @@ def test_what_can_be_added():
     assert not hopper.can_add(q, [q.half()], CALL) and not hopper.can_add(q, [q[:, :-1]], CALL)
     assert not hopper.can_add(q, [q, q.transpose(0, 1).contiguous().transpose(0, 1)], CALL)
     assert not hopper.can_add(q[..., :64], [q[..., :64].contiguous()], CALL)
+    shifted = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)  # not on 16 bytes
+    assert not hopper.can_add(q, [q, shifted], CALL)
     cu = torch.tensor([0, 33], dtype=torch.int32)
     assert not hopper.can_add(q, [q], replace(CALL, cu=cu))
 

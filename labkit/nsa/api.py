@@ -118,7 +118,9 @@ def nsa_func(
     Notes
     -----
     Differentiable once in q, k, v and the gates; the choice of blocks has no gradient.  Nothing
-    of size M × (N / block_size) is stored.  The result is the same to the bit each time.
+    of size M × (N / block_size) is stored.  The result is the same to the bit each time; where no
+    gradient is wanted it may be another by rounding, for on Hopper the branches are then added up
+    before they are rounded.
     """
     gates = {"g_cmp": g_cmp, "g_slc": g_slc, "g_swa": g_swa}
     asked = ("nsa_func", block_counts, block_size, window_size, scale, forced, precision)

@@ -496,6 +496,7 @@ def can_add(q: torch.Tensor, others: Sequence[torch.Tensor], call: Call) -> bool
         and 1 <= len(others) <= 2
         and all(x.dtype == q.dtype and x.shape == q.shape for x in others)
         and all(x.is_contiguous() for x in others)
+        and unreadable(*others) is None
     )
 
 
