@@ -358,18 +358,25 @@ def _complaint(data: Any, experiment: str | None) -> str | None:
     return None
 
 
+def _or_anew(first: str, experiment: str) -> str:
+    """The other way out of a bad file: a new run, but for one that was kept of its commit."""
+    if "@" in experiment:
+        return ""
+    return f", or {first} and run `python -m labkit record {experiment}`"
+
+
 def _from_text(text: str, path: Path, experiment: str | None) -> Record:
     try:
         data = json.loads(text)
     except ValueError as error:
         raise RecordError(
             f"{path}: is damaged ({error}). Restore it with `git checkout -- {path.name}` in its "
-            f"folder, or delete it and run `python -m labkit record {path.stem}`."
+            f"folder{_or_anew('delete it', path.stem)}."
         ) from None
     if complaint := _complaint(data, experiment):
         raise RecordError(
-            f"{path}: {complaint}. Move it away and run `python -m labkit record "
-            f"{experiment or path.stem}`, or restore the original."
+            f"{path}: {complaint}. Restore the original"
+            f"{_or_anew('move it away', experiment or path.stem)}."
         )
     del data["schema"]
     names = Record.__dataclass_fields__
@@ -424,10 +431,11 @@ def _find(experiment: str, machine: str, root: Path | str | None) -> Path:
         hint = f"{machine} has: {', '.join(known[machine])}."
     else:
         hint = f"Machines with records: {', '.join(known) or 'none'}."
-    raise RecordError(
-        f"{folders[0] / machine / experiment}.json: no such record. {hint} "
-        f"To make one on the machine at hand: `python -m labkit record {experiment}`."
-    )
+    if "@" in experiment:
+        hint += " A run that was kept of its commit comes with the course: nothing makes it again."
+    else:
+        hint += f" To make one on the machine at hand: `python -m labkit record {experiment}`."
+    raise RecordError(f"{folders[0] / machine / experiment}.json: no such record. {hint}")
 
 
 def _text(path: Path) -> str:

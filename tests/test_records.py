@@ -75,13 +75,16 @@ def test_another_run_is_kept_by_its_commit(root):
     assert records.load("demo", root=root).value("copy_peak") == 4.2837e12
     assert records.load(f"demo@{commit}", root=root).value("copy_peak") == 4.1837e12
     records.check_quote("4.18 TB/s", f"demo@{commit}:copy_peak", root=root)
-    with pytest.raises(RecordError, match="4.18"):
+    with pytest.raises(RecordError, match=r"4\.18"):
         records.check_quote("4.28 TB/s", f"nvidia-h200/demo@{commit}:copy_peak", root=root)
     for wrong, why in (("demo@fffffff", "at commit"), (f"other@{commit}", "is a record of 'demo'")):
         kept.rename(kept.with_stem(wrong))
-        with pytest.raises(RecordError, match=why):
+        with pytest.raises(RecordError, match=why) as refused:
             records.load(wrong, root=root)
+        assert "labkit record" not in str(refused.value)  # it would make another
         kept.with_stem(wrong).rename(kept)
+    with pytest.raises(RecordError, match=r"no such record.*nothing makes it again"):
+        records.load("demo@abcdef0", root=root)
     with pytest.raises(RecordError, match="does not name a figure"):
         records.check_quote("4.18 TB/s", "demo@xyz:copy_peak", root=root)
 
