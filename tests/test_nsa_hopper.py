@@ -198,8 +198,8 @@ def _whole(kind: str, n: int, off: str | None, gates: str):
      ("bfloat16", 1500, None, "mixed"), ("bfloat16", 500, "cmp", "same"),
      ("float16", 300, "swa", "float32"), ("bfloat16", 4097, None, "same")],
 )  # fmt: skip
-def test_the_sum_is_no_worse_than_the_sum_of_the_branches(monkeypatch, kind, n, off, gates):
-    """In one kernel and in four: the same branches, and an error that is no larger."""
+def test_the_sum_is_that_of_the_branches_but_for_rounding(monkeypatch, kind, n, off, gates):
+    """In one kernel and in four: the same branches, whose roundings are all that differs."""
     from labkit.nsa import nsa_func, ops
 
     q, k, v, g = _whole(kind, n, off, gates)
@@ -216,11 +216,12 @@ def test_the_sum_is_no_worse_than_the_sum_of_the_branches(monkeypatch, kind, n, 
     alone = [nsa_func(q.detach(), k, v, *[
         None if x is None else torch.ones_like(x) if i == j else torch.zeros_like(x)
         for j, x in enumerate(g)
-    ]) for i in range(3) if g[i] is not None]  # fmt: skip
+    ], window_size=100) for i in range(3) if g[i] is not None]  # fmt: skip
     wanted = sum(
         w[..., None] * o.double()
         for w, o in zip([w for w in wide if w is not None], alone, strict=True)
     )
+    # These branches were rounded, as they are for the sum of its own, and not for the kernel's.
     ours = (together.double() - wanted).norm()
     theirs = (apart.detach().double() - wanted).norm()
     assert ours <= 2 * theirs + 1e-6 * wanted.norm(), (ours, theirs)
