@@ -65,8 +65,9 @@ def test_tf32_keeps_eleven_significant_bits_and_the_range_of_float32():
 def test_formats_are_what_torch_says(name):
     bits, largest, normal, least = experiment.FORMATS[name]
     if name == "tf32":
-        for value in (largest, normal):
+        for value in (largest, normal, least):
             assert experiment.round_to(torch.tensor([value]), name).item() == value
+        assert experiment.round_to(torch.tensor([least / 4]), name).item() == 0
         assert bits == experiment.FORMATS["float16"][0]
         return
     info = torch.finfo(getattr(torch, name))

@@ -69,7 +69,7 @@ PARTS = ("rounding", "training", "overflow", "underflow", "error")
 #: significant bits (the leading one included), largest finite number, smallest normal, smallest > 0
 FORMATS: dict[str, tuple[int, float, float, float]] = {
     "float32": (24, 2.0**128 - 2.0**104, 2.0**-126, 2.0**-149),
-    "tf32": (11, 2.0**128 - 2.0**117, 2.0**-126, 2.0**-149),
+    "tf32": (11, 2.0**128 - 2.0**117, 2.0**-126, 2.0**-136),
     "bfloat16": (8, 2.0**128 - 2.0**120, 2.0**-126, 2.0**-133),
     "float16": (11, 65504.0, 2.0**-14, 2.0**-24),
 }

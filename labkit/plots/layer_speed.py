@@ -204,7 +204,8 @@ def layer_gaps(
     ax.tick_params(axis="y", length=0)
     return (
         "Strips, one for each configuration and length, with a bar for each kernel of one call "
-        "against time. Short sequences: thin bars with wide gaps. Long ones: bars that touch."
+        "against time. Short sequences: thin bars with wide gaps. Longer ones: wider bars and "
+        "fewer gaps."
     )
 
 
