@@ -332,8 +332,8 @@ _CLAIMS = (
         "the casts of autocast are kernels to launch: on an H200 a small model gains next to "
         "nothing at these lengths, and loses by autocast; a larger one, at 2048, gains. Of the "
         "memory pure float16 saves two fifths to a half at every length, and loses its gradients; "
-        "autocast, which keeps float32 weights and adds copies, saves less than a quarter. Neither "
-        "goes from nothing to a half.",
+        "autocast, which keeps float32 weights and adds copies, saves less than a quarter at these "
+        "lengths. Neither goes from nothing to a half.",
         "10",
     ),
     Claim(
