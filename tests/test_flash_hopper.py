@@ -7,7 +7,9 @@ card by the case runner of ``labkit.experiments`` and held to its bound.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -84,6 +86,59 @@ def test_tiles_come_by_the_copy_engine_and_leave_by_it(compiled):
     for name, r in compiled.items():
         assert r.counts["TMA load"] and r.counts["TMA store"], name
         assert not r.counts["mma.sync"] and not r.counts["cp.async"], name
+
+
+#: compiles what ``hopper.forward`` would launch, on empty CPU tensors: a plan, stopped after that
+CHILD = """
+import json, sys, torch
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from labkit.flash import _resources_child as child, hopper, launch
+JITFunction.run = child._compile_only
+child.wanted.add("forward_kernel")
+driver.set_active(child.Elsewhere(90))
+launch.card = lambda x: (90, 227 * 1024, 132, 50 * 2**20)
+for d, index, window in json.load(sys.stdin):
+    child.compiled.clear()
+    q = torch.empty(1, 40, 1500, d, dtype=torch.bfloat16)
+    call = launch.Call(True, 0.1, window, "ieee", 1500, 1500)
+    config = (hopper.CONFIGS if window is None else hopper._NEAR)[d][index]
+    lse = torch.empty(q.shape[:3])
+    hopper.plan(q, q, q, q, lse, call, config)(q, q, q, q, lse, call)
+    kernel = child.compiled[-1][1]
+    usage, sass = child._read_binary(kernel.asm["cubin"], True)
+    print(json.dumps([usage, sass, kernel.metadata.shared]))
+"""
+
+#: (head_dim, number of the configuration, window): one tile a program, and tiles in turns
+FORWARD = [(128, 0, None), (64, 0, 512), (128, 0, 512)]
+
+
+@pytest.mark.slow
+def test_the_forward_kernel_fits_the_card_with_one_tile_and_in_turns():
+    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], input=json.dumps(FORWARD), capture_output=True, text=True,
+        env=env, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, line in zip(FORWARD, done.stdout.splitlines(), strict=True):
+        d, index, window = name
+        (usage, sass, shared), near = json.loads(line), window is not None
+        config = hopper.candidates(problem("forward", d, windowed=near, near=near))[index]
+        groups, registers, loader = hopper._GROUPS[config.by_hand]
+        numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+        assert int(numbers["STACK"]) == int(numbers["LOCAL"]) == 0, f"{name}: spills"
+        assert int(numbers["REG"]) * 128 * (groups + 1) <= 65536, name
+        assert 128 * (groups * registers + loader) <= 65536, name
+        estimate = tuning.shared_bytes(config, problem("forward", d, near=near))
+        assert shared <= estimate <= 227 * 1024, name
+        products = sass.count("HGMMA.")
+        each = (d + config.block_n) // 16  # of a tile of keys; as many waits as products of tiles
+        assert products and sass.count("WARPGROUP.DEPBAR") <= 2 * products // each, name
+        assert "UTMALDG" in sass and "UTMASTG" in sass, name
+        assert not re.search(r"\bHMMA\.", sass), name
 
 
 def test_candidates_only_where_the_kernels_can_run():

@@ -87,7 +87,7 @@ class Problem:
     arch : compute capability as ten times major plus minor: 90 for Hopper.
     shared_limit : shared memory that one block may have, bytes.
     sms : multiprocessors.
-    near : the window shows at most ``NEAR`` keys.
+    near : the window has at most ``NEAR`` keys, as many to each side without a causal mask.
     """
 
     kind: str
@@ -147,6 +147,8 @@ def shared_bytes(config: Config, problem: Problem) -> int:
     m, n = config.block_m, config.block_n
     streamed = m if problem.kind == "dkdv" else n
     resident = {"forward": m * d, "dkdv": n * (d + dv), "dq": m * (d + dv)}[problem.kind]
+    if problem.kind == "forward" and config.by_hand and problem.near:
+        resident *= 2  # the next Q comes while this one is worked on
     vectors = 8 * m * config.num_stages if problem.kind == "dkdv" else 0
     stages = config.num_stages
     if 100 <= problem.arch < 120 and problem.kind != "forward":
