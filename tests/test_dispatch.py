@@ -475,6 +475,7 @@ def test_what_is_causal_with_other_lengths_is_said_in_masks_that_run(n_q, n_k):
     with pytest.raises(ArgumentError) as refused:
         dispatch.attention(q, k, v, is_causal=True)
     assert "labkit.flash.flash_attention" in str(refused.value)
+    assert f"j ≤ i {'+' if n_k > n_q else '−'} 4" in str(refused.value)
     diagonals = [int(d) for d in re.findall(r"\.tril\((-?\d+)\)", str(refused.value))]
     assert diagonals == [0, n_k - n_q]
     first, second = (torch.ones(n_q, n_k, dtype=torch.bool).tril(d) for d in diagonals)

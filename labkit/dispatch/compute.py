@@ -77,9 +77,10 @@ def attention(
     if why is not None:
         if is_causal and _unequal(q, k):
             n_q, n_k = q.shape[-2], k.shape[-2]
+            sign = "+" if n_k > n_q else "−"
             raise ArgumentError(
                 "is_causal", True, f"has two meanings for {n_q} queries and {n_k} keys: SDPA lets "
-                f"query i see j ≤ i, labkit j ≤ i + {n_k - n_q}.",
+                f"query i see j ≤ i, labkit j ≤ i {sign} {abs(n_k - n_q)}.",
                 "Pass is_causal=False and, to a backend that takes one, a mask: "
                 f"attn_mask=torch.ones({n_q}, {n_k}, dtype=torch.bool, device=q.device).tril(0) "
                 f"is the first, .tril({n_k - n_q}) the second, which "
