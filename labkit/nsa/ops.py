@@ -35,7 +35,9 @@ from labkit.flash.ops import (
 from labkit.nsa import compression, selection, selection_backward, topk
 from labkit.nsa.call import Call
 
-__all__ = ["Attend", "attend_compressed", "attend_selected", "nobody_listens", "select"]
+__all__ = [
+    "Attend", "add_selected", "attend_compressed", "attend_selected", "nobody_listens", "select",
+]  # fmt: skip
 
 #: the fields of ``Call`` in order, as an operator takes them
 _FIELDS = tuple(field.name for field in fields(Call))
