@@ -608,7 +608,8 @@ def form_of(size: str) -> Form:
 
 #: CUDA's sum over rows: threads of a block, rows that one of them adds at least and at most, what
 #: is resident on a card of 132 multiprocessors, and rows below which nothing is shared: with 512
-#: the H200 did not, with 1,024 it did (record training_step).  See ``_sum_bytes``.
+#: the H200 did not (but for one small sum in pure half precision, left out here), with 1,024 it
+#: did (record training_step).  See ``_sum_bytes``.
 _SUM = {"columns": 128, "least": 64, "most": 1024, "blocks": 132 * 16, "shared": 1024}
 
 
