@@ -185,6 +185,22 @@ def test_a_case_without_a_complete_block_is_judged_and_not_given_up():
     assert all(found["ratio"] <= 1 for found in row["tensors"].values())
 
 
+def test_the_whole_is_judged_without_gradients_too():
+    """There another kernel may add up the branches (on Hopper, head_dim 128)."""
+    case = Case("whole", **SHAPE).but(dtype="float32")
+    tensors = worker.make(case)
+    assert worker.roads(*tensors, case) == ["default", "inference"]
+    got = worker.attend(*tensors, case, "inference")
+    assert set(got) == {"o", "blocks"} and not got["o"].requires_grad
+    found = worker.judge(case, tensors, got)
+    assert set(found) == {"o", "choice"} and all(x["ratio"] <= 1 for x in found.values())
+    assert torch.equal(got["o"], worker.attend(*tensors, case, "default")["o"])
+    added = [c for c in experiment.cases(quick=False) if c.part == "whole" and c.d == c.dv == 128
+             and c.group in (16, 64) and c.block == 64 and c.dtype != "float32"
+             and c.offsets is None]  # fmt: skip
+    assert {c.gates for c in added} >= {"csw", "cs", "sw"}
+
+
 def test_a_run_that_ends_early_has_judged_a_bit_of_everything():
     every = common.spread(experiment.suite(), experiment.cases(quick=False))
     assert sorted(map(str, every)) == sorted(map(str, experiment.cases(quick=False)))

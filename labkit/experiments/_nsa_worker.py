@@ -9,6 +9,8 @@ A *road* is one of the kernels that can compute a case:
 ``queries``, ``keys``, ``by_hand``
     the kernels of selection: along the union of neighbours' blocks, block by block, and those
     written by hand for Hopper.  The first two share the stock backward kernels.
+``inference``
+    the whole layer without gradients to come: the selection's kernel may add up the branches.
 
 What is right is computed here by the book, in float64 and dense: every branch is attention over
 all keys under a mask, a few rows at a time, and the gradients are the formulas of chapter 09.
@@ -347,7 +349,7 @@ def _call(q, k, case: Case):
 def roads(q, k, v, g_cmp, g_slc, g_swa, dout, blocks, counts, case: Case) -> list[str]:
     """Which kernels can compute these tensors."""
     if case.part != "selection":
-        return ["default"]
+        return ["default", "inference"] if case.part == "whole" else ["default"]
     found = ["default", "queries", "keys"]
     try:
         from labkit.nsa import hopper, hopper_backward
@@ -373,7 +375,7 @@ def attend(
 
     cu = None if case.offsets is None else torch.tensor(case.offsets, device=q.device)
     how = {"cu_seqlens": cu}
-    if road != "default":
+    if road not in ("default", "inference"):
         used = _used(blocks, counts, case).contiguous()
         call = _call(q, k, case)
         forward = "hopper" if road == "by_hand" else road
@@ -390,14 +392,17 @@ def attend(
             g.detach().requires_grad_() if letter in case.gates else None
             for letter, g in zip(_GATES, (g_cmp, g_slc, g_swa), strict=True)
         ]
-        o, found = nsa_func(
-            *leaves, *gates, block_counts=case.slots, block_size=case.block,
-            window_size=case.window, forced=case.forced, return_attn_weights=True, **how,
-        )  # fmt: skip
+        with torch.set_grad_enabled(road != "inference"):
+            o, found = nsa_func(
+                *leaves, *gates, block_counts=case.slots, block_size=case.block,
+                window_size=case.window, forced=case.forced, return_attn_weights=True, **how,
+            )  # fmt: skip
         names += [f"d{n}" for n, g in zip(_GATES.values(), gates, strict=True) if g is not None]
         leaves += [g for g in gates if g is not None]
         if found["selection"]["block_indices"] is not None:
             extra = {"blocks": found["selection"]["block_indices"]}
+        if road == "inference":
+            return {"o": o} | extra
     elif case.part == "compression":
         o, lse = nsa_compressed_attention(
             *leaves, block_size=case.own_length, stride=case.own_stride, return_lse=True, **how

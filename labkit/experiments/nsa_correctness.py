@@ -47,6 +47,14 @@ _FAST: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+#: what the kernel by hand may add up, where no gradient is asked for
+_ADDED: dict[str, tuple[Any, ...]] = {
+    "t": (127, 500, 1024), "group": (16, 64), "block": (64,), "dims": ((128, 128),),
+    "dtype": ("float16", "bfloat16"), "layout": ("bnhd", "packed"), "slots": (4, 16),
+    "sequences": ("one",), "window": (64,), "gates": ("csw", "cs", "sw"), "forced": ((1, 2),),
+}  # fmt: skip
+
+
 def cases(quick: bool) -> list[Case]:
     """What is judged: the full matrix, and a second one of what the fast roads can take."""
     if quick:
@@ -56,7 +64,8 @@ def cases(quick: bool) -> list[Case]:
                "gates": ("csw",), "forced": ((1, 2),)}  # fmt: skip
         return [case for part in PARTS for case in matrix(part, few)]
     every = [case for part in PARTS for case in matrix(part)]
-    return list(dict.fromkeys([*every, *matrix("selection", _FAST), *representative()]))
+    fast = [*matrix("selection", _FAST), *matrix("whole", _ADDED)]
+    return list(dict.fromkeys([*every, *fast, *representative()]))
 
 
 def representative() -> list[Case]:
@@ -84,6 +93,7 @@ def watched() -> list[Case]:
         Case("selection", 70, 3, 1, d=40, dv=24, block=16, slots=3, dtype="float32",
              sequences="ragged", choice="holes", counts="tensor"),
         Case("whole", 97, 4, 1, block=16, slots=3, window=20, dtype="float16"),
+        Case("whole", 130, 16, 1, d=128, dv=128, slots=3, window=20),
         Case("compression", 65, 2, 1, block=16, stride=8, length=16, sequences="short"),
     ]  # fmt: skip
 
@@ -93,7 +103,7 @@ def suite() -> Suite:
     return Suite(
         worker="labkit.experiments._nsa_worker",
         tensors=TENSORS, representative=representative(), repeated=repeated(), watched=watched(),
-        groups={"": ["default", "queries", "keys"], "_by_hand": ["by_hand"]},
+        groups={"": ["default", "queries", "keys"], "_by_hand": ["by_hand", "inference"]},
         facts=_facts, timeout_s=200,
     )  # fmt: skip
 
