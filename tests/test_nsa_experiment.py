@@ -212,6 +212,8 @@ def test_a_run_that_ends_early_has_judged_a_bit_of_everything():
     assert {c.dtype for c in first} == set(experiment.DTYPES)
     hand = ("selection", "by hand", True)
     assert any(hand in each for each in facts[:12]), "the kernels by hand"
+    added = [("whole", "added", gates) for gates in ("csw", "cs", "sw")]
+    assert all(any(one in each for each in facts[: len(every) // 4]) for one in added), "the sum"
 
 
 # -- figures ---------------------------------------------------------------------------------------

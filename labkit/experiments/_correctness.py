@@ -41,6 +41,7 @@ from types import ModuleType
 from typing import Any
 
 from labkit.experiments import Progress, Result
+from labkit.experiments._jobs import end
 
 __all__ = [
     "Clock",
@@ -235,7 +236,7 @@ class _Worker:
     def close(self) -> None:
         """End the process and what it started."""
         if self._process is not None:
-            _end(self._process)
+            end(self._process)
         self._process = None
 
     def __enter__(self) -> _Worker:
@@ -244,14 +245,6 @@ class _Worker:
     def __exit__(self, *error: object) -> None:
         self.close()
         self._errors.close()
-
-
-def _end(process: subprocess.Popen[Any]) -> None:
-    """Kill a process that leads a session, and its children: a compiler, or who is watched."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    with suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps even a killed process
-        process.wait(5)
 
 
 def _failed(case: Any, why: str) -> dict[str, Any]:
@@ -564,7 +557,7 @@ def _outcome(command: list[str], environment: dict[str, str], clock: Clock) -> s
             except subprocess.TimeoutExpired:
                 took = time.monotonic() - begin
                 if took > _SANITIZER_TIMEOUT_S or clock.patience() <= 0:
-                    _end(process)
+                    end(process)
                     return f"not done after {took:.0f} s"
         file.seek(0)
         return file.read()

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from labkit.errors import check_choice
 from labkit.experiments import Progress, Result, _release_memory, has_gpu, steps
 from labkit.experiments.scaling import _one_thread
 
-__all__ = ["Jobs", "first_line", "untuned"]
+__all__ = ["Jobs", "end", "first_line", "untuned"]
 
 
 def first_line(error: BaseException) -> str:
     """An error as a record names it: its kind and what it says first."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """Kill a process that leads a session, and its children: a compiler, or who is watched."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps even a killed process
+        process.wait(5)
 
 
 @contextmanager

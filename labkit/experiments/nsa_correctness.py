@@ -103,7 +103,7 @@ def suite() -> Suite:
     return Suite(
         worker="labkit.experiments._nsa_worker",
         tensors=TENSORS, representative=representative(), repeated=repeated(), watched=watched(),
-        groups={"": ["default", "queries", "keys"], "_by_hand": ["by_hand", "inference"]},
+        groups={"": ["default", "queries", "keys", "inference"], "_by_hand": ["by_hand"]},
         facts=_facts, timeout_s=200,
     )  # fmt: skip
 
@@ -117,13 +117,15 @@ def _facts(case: Case) -> list[Hashable]:
     }  # fmt: skip
     if part != "compression":
         factors["slots"] = c.slots
+    half = c.dtype != "float32" and c.d == c.dv in (64, 128)
     if part == "selection":
         factors |= {"choice": c.choice, "counts": c.counts}
-        half = c.dtype != "float32" and c.d == c.dv in (64, 128)
         if half and c.block == 64 and c.group >= 16:  # the kernels by hand take it, both ways
             factors |= {"by hand": True, "hand dtype": c.dtype, "hand dims": c.d}
     if part == "whole":
         factors |= {"window": c.window, "gates": c.gates, "forced": c.forced}
+        if half and c.d == 128 and c.block == 64 and c.group >= 16 and c.sequences == "one":
+            factors |= {"added": c.gates}  # by one kernel, where no gradient is asked for
     return [(part,), ("layout", c.layout), *((part, *each) for each in factors.items())]
 
 

@@ -63,7 +63,7 @@ from typing import Any
 from labkit.errors import LabError, check_choice
 from labkit.experiments import Progress, Result, has_gpu
 from labkit.experiments import steps as each
-from labkit.experiments._jobs import first_line
+from labkit.experiments._jobs import end, first_line
 from labkit.nsa import model
 from labkit.nsa.model import PATTERNS, Shape
 
@@ -446,7 +446,7 @@ class _Compilers:
                 process.wait(max(0.05, seconds - took))
             except subprocess.TimeoutExpired:
                 self.result.notes.append(f"compiling {job} took longer than {seconds:.0f} s.")
-                _end(process)
+                end(process)
             else:
                 if process.returncode:
                     last = log.read_text("utf-8", errors="replace").strip().splitlines()[-1:]
@@ -476,18 +476,10 @@ class _Compilers:
 
     def __exit__(self, *error: object) -> None:
         for process, _ in self.running.values():
-            _end(process)
+            end(process)
         self.running.clear()
         if self._folder is not None:
             self._folder.cleanup()
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Kill a process that leads a session, and the compilers that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    with suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps even a killed process
-        process.wait(5)
 
 
 def _warm(compilers: _Compilers, *, everything: bool) -> bool:
