@@ -17,6 +17,7 @@ from labkit.flash import DoubleBackwardError
 from labkit.memory import saved_for_backward
 from labkit.nsa import (
     TokenCompression,
+    api,
     gates,
     nsa_compressed_attention,
     nsa_func,
@@ -412,6 +413,20 @@ def test_a_sum_as_the_last_step_has_the_same_parts(off, window, others, adding, 
     for name in ("compression", "selection", "sliding_window"):
         lse, same = weights[name]["lse"], known[name]["lse"]
         assert lse is same is None or torch.equal(lse, same)
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_the_window_goes_where_it_holds_least(graded, monkeypatch, device):
+    """Last with gradients to come: autograd then takes it first.  First where a sum waits for it."""
+    order = []
+    for module, name in ((api, "_attend_window"), (ops, "attend_selected")):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, real=real, name=name: order.append(name) or real(*a)
+        )
+    tensors, _ = problem(device, m=20)
+    nsa_func(*(x.detach().requires_grad_(graded) for x in tensors), **SMALL)
+    assert order == ["_attend_window", "attend_selected"][:: -1 if graded else 1]
 
 
 def test_where_somebody_listens_each_branch_is_there_by_itself(adding, device):
