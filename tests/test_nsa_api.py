@@ -417,7 +417,7 @@ def test_a_sum_as_the_last_step_has_the_same_parts(off, window, others, adding, 
 
 @pytest.mark.parametrize("graded", [False, True])
 def test_the_window_goes_where_it_holds_least(graded, monkeypatch, device):
-    """Last with gradients to come: autograd then takes it first.  First where a sum waits for it."""
+    """Last with gradients to come: autograd then takes it first.  Else first: a sum waits."""
     order = []
     for module, name in ((api, "_attend_window"), (ops, "attend_selected")):
         real = getattr(module, name)

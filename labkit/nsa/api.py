@@ -178,8 +178,8 @@ def attend(
     if gates["g_slc"] is not None:
         selected, others = (q_slc, k, v, found["blocks"], call), list(outs)
         if others and not graded:
-            # Its kernel may add up all branches on its way out, so the others are there by now; with
-            # gradients to come the window is not.
+            # Its kernel may add up all branches on its way out, so the others are there by now;
+            # with gradients to come the window is not.
             added = ops.add_selected(
                 *selected, [outs[n] for n in others], [gates[n] for n in ("g_slc", *others)]
             )
