@@ -9,7 +9,8 @@ odd ones copied, and predicts what that saves.  Its typical sizes are measured h
 ``time``
     forward, and forward with backward, of the loop over positions (``labkit/nsa/loop.py``), of the
     same in large steps (``naive_nsa``), of the compression stage, and of the whole, full and at
-    half rate in turns.  Loops are launched by the host step by step: wall clock, synchronised.
+    half rate in turns.  Loops are launched by the host step by step: wall clock, synchronised;
+    on a CPU the processor's time, which does not count who else is busy.
 ``memory``
     the peak above the inputs of each, without autograd and with, and what autograd keeps.
 ``error``
@@ -361,8 +362,19 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def _clock(device: str) -> tuple[Callable[[], float], str]:
+    """What is read before and after, and its name.
+
+    On a CPU that others use as well a wall clock would measure them, too.
+    """
+    if device == "cpu":
+        return time.process_time, "processor time"
+    return time.perf_counter, "wall clock, synchronised"
+
+
 def _in_turns(functions: dict[str, Callable], device: str, samples: int) -> dict[str, list[float]]:
-    """Wall-clock milliseconds of each, synchronised before and after, after one warm-up each."""
+    """Milliseconds of each by :func:`_clock`, after one warm-up each."""
+    clock, _ = _clock(device)
     out: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
@@ -370,10 +382,10 @@ def _in_turns(functions: dict[str, Callable], device: str, samples: int) -> dict
         order = list(functions) if turn % 2 == 0 else list(functions)[::-1]
         for name in order:
             _wait(device)
-            start = time.perf_counter()
+            start = clock()
             made = functions[name]()
             _wait(device)
-            out[name].append(round((time.perf_counter() - start) * 1e3, 6))
+            out[name].append(round((clock() - start) * 1e3, 6))
             del made
     return out
 
@@ -389,13 +401,14 @@ def _time(result: Result, plan: dict[str, Any], device: str, form: str, passes: 
         functions[rate] = functools.partial(make, *inputs, *([dout] if training else []))
     with torch.set_grad_enabled(training):
         samples = _in_turns(functions, device, plan["samples"])
+    _, method = _clock(device)
     for rate in RATES:
         middle = median(samples[rate])
         result.rows.append(
             {"part": "time", "form": form, "passes": passes, "rate": rate, **sizes,
-             "samples_ms": samples[rate], "median_ms": middle, "method": "wall clock, synchronised"}
+             "samples_ms": samples[rate], "median_ms": middle, "method": method}
         )  # fmt: skip
-        how = f"median of {len(samples[rate])}, wall clock, full and half in turns; {_where(sizes)}"
+        how = f"median of {len(samples[rate])}, {method}, full and half in turns; {_where(sizes)}"
         result.add(f"time.{form}.{passes}.{rate}", middle / 1e3, "s", how)
     ratio = median(f / h for f, h in zip(samples["full"], samples["half"], strict=True))
     how = f"full over half rate, median of pairs; {_where(sizes)}"
