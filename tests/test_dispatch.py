@@ -428,6 +428,21 @@ def test_ran_sees_our_kernels_in_the_interpreter():
     assert ran(flash_attention, q, k, v).backend == "ours"
 
 
+@pytest.mark.parametrize("name", ["flash_cpu", "math", "naive"])
+def test_ran_sees_what_runs_and_not_what_is_asked_before(name):
+    # attention() has torch try the call without data first, which dispatches math's operators
+    seen = ran(dispatch.attention, *draw(1, 2, 16, 16), backend=name)
+    assert seen.backends == ("unfused" if name == "naive" else name,)
+
+
+def test_ran_counts_no_call_without_data_where_operators_are_listened_to():
+    from labkit.dispatch.seen import _dispatched
+
+    heard = _dispatched(dispatch.attention, draw(1, 2, 16, 16), {"backend": "flash_cpu"})
+    assert not any("math" in name for name in heard)
+    assert any("flash_attention_for_cpu" in name for name in heard)
+
+
 def test_ran_wants_a_function():
     q, k, v = draw(1, 1, 4, 8)
     with pytest.raises(ArgumentError, match="is not a function"):

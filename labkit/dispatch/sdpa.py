@@ -39,11 +39,14 @@ from typing import Any
 import torch
 from torch.backends import cuda as flags
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import record_function
 
 from labkit.errors import ArgumentError, check_choice
 
-__all__ = ["SDPA", "Explanation", "Refusal", "explain", "force"]
+__all__ = ["ASKS", "SDPA", "Explanation", "Refusal", "explain", "force"]
 
+#: name of the range around a call that computes nothing: a profile is not to take it for one
+ASKS = "labkit::asks"
 #: the backends that SDPA has on a GPU, by the names used here
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -291,7 +294,7 @@ class _Call:
         def bare(x):
             return None if x is None else torch.empty(x.shape, dtype=x.dtype, device="meta")
 
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), record_function(ASKS):
             try:
                 torch.nn.functional.scaled_dot_product_attention(
                     bare(self.q), bare(self.k), bare(self.v), bare(self.attn_mask),

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from labkit.dispatch.sdpa import ASKS
 from labkit.errors import ArgumentError
 from labkit.memory.measuring import _without_profiler_noise
 
@@ -120,7 +121,7 @@ def ran(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Ran:
         if gpu and not _warm:  # the first profile of a process misses what it starts with
             watch()
             _warm.append(True)
-        events = list(watch().events())
+        events = [e for e in watch().events() if not _asks(e)]
     on_gpu = torch.autograd.DeviceType.CUDA
     kernels = Counter(e.name for e in events if e.device_type == on_gpu and not _is_mark(e))
     operators = Counter(e.name for e in events if e.device_type != on_gpu and "::" in e.name)
@@ -143,6 +144,15 @@ def backend_of_kernel(name: str) -> str | None:
 def _is_mark(event: Any) -> bool:
     """A range that the profiler draws on the GPU's lane for an operator; not a kernel."""
     return event.name.startswith(("aten::", "ProfilerStep", "## "))
+
+
+def _asks(event: Any) -> bool:
+    """Whether ``explain`` tried the call without data here: what it dispatched did not run."""
+    while event is not None:
+        if event.name == ASKS:
+            return True
+        event = event.cpu_parent
+    return False
 
 
 def _backend(name: str, known: Iterable[tuple[str, str]]) -> str | None:
@@ -172,7 +182,8 @@ def _dispatched(fn: Callable, args: tuple, kwargs: dict) -> Counter:
 
     class Listen(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names[func._schema.name] += 1
+            if not any(isinstance(x, torch.Tensor) and x.is_meta for x in args):
+                names[func._schema.name] += 1
             return func(*args, **(kwargs or {}))
 
     with Listen():
