@@ -21,8 +21,9 @@ from hopper_reasons import (
     check_unreadable,
     pretend,
 )
+from nsa_cases import Case, call_of, check_forward, make
 
-from labkit.nsa import hopper
+from labkit.nsa import hopper, selection
 from labkit.nsa.call import Call
 
 CALL = Call(scale=0.1, max_q=300, max_k=300)
@@ -45,8 +46,8 @@ for d, index, group, block, varlen, more in json.load(sys.stdin):
     q, k = (torch.empty(1, 300, h, d, dtype=torch.bfloat16) for h in (2 * group, 2))
     cu = torch.tensor([0, 100, 300], dtype=torch.int32) if varlen else None
     call = Call(scale=0.1, block_size=block, max_q=300, max_k=300, cu=cu)
-    union = [torch.empty(1, 2, 40, 5, dtype=torch.int32) for _ in range(3)]
     config = hopper.CONFIGS[d][index]
+    union = [torch.empty(1, 2, 40, 5, dtype=torch.int32) for _ in range(3)]
     lse = torch.empty(1, 2 * group, 300)
     plan = hopper._Plan(q, k, k, q, call, 5, config, more)
     plan(q, k, k, q, (q, q), lse, lse, union, call)
@@ -61,8 +62,11 @@ WANTED = [
 ]
 WANTED += [(128, 0, 16, 64, True, 0), (128, 0, 8, 128, False, 0)]
 WANTED += [(128, 0, 16, 64, False, 1), (128, 0, 16, 64, False, 2)]
+#: tiles of more than 32 queries
+WANTED += [(128, 0, 1, 64, False, 0), (128, 0, 4, 64, True, 0), (128, 0, 2, 64, False, 2)]
+WANTED += [(64, 0, 1, 64, False, 0)]
 #: bytes of a thread that may wait in memory: what the sum needs, once, after the last block
-SPILLS = {0: 0, 1: 32, 2: 64}
+SPILLS = {0: 0, 1: 32, 2: 96}
 
 
 @pytest.fixture(scope="module")
@@ -141,19 +145,31 @@ def test_reasons_name_what_is_wrong_with_the_tensors(monkeypatch):
     assert why(torch.zeros(2, 32, 33, 128, dtype=torch.bfloat16).transpose(1, 2)) is None
     assert "head_dim" in why(good[..., :32]) and "head_dim" in why(good, v=good[:, :, :2, :32])
     assert "block_size" in why(good, block_size=32)
-    for group in (1, 2, 3, 5, 12, 128):
+    for group in (3, 5, 12, 128):
         assert "group" in why(good[:, :, :1].repeat(1, 1, group, 1), good[:, :, :1])
-    for group in (8, 16, 32, 64):
+    for group in (1, 2, 4, 8, 16, 32, 64):
         assert why(good[:, :, :1].repeat(1, 1, group, 1), good[:, :, :1]) is None
 
 
 def test_a_tile_has_a_bit_for_each_of_its_queries():
     for d in hopper.CONFIGS:
-        for group in (4, 8, 16, 32, 64):
+        for group in (1, 2, 4, 8, 16, 32, 64):
             q = torch.zeros(1, 1, group, d)
             config = hopper.config_for(q, q[:, :, :1], CALL)
             assert hopper.tile_of(group, config) * group == config.block_m
-            assert hopper.tile_of(group, config) <= 32
+            assert hopper.tile_of(group, config) <= 32 or group < 8
+
+
+@pytest.mark.parametrize(("blocks", "road"), [(12 * 16, "hopper"), (12 * 16 + 1, "keys")])
+def test_a_small_group_goes_along_unions_where_there_are_few_blocks(monkeypatch, blocks, road):
+    monkeypatch.setattr(selection, "card", lambda q: (90, 0, 0, 0))
+    q, k = (torch.zeros(1, 1024, h, 64, dtype=torch.float16).as_subclass(OnHopper) for h in (4, 4))
+    monkeypatch.setattr(hopper, "off_hopper", lambda *x: None)
+    call = replace(CALL, max_q=1024, max_k=64 * blocks)
+    assert selection._choose(q, k, k, 16, call) == road
+    assert selection._choose(q, k[:, :, :1], k[:, :, :1], 16, call) == road
+    q = q.repeat(1, 1, 2, 1)  # groups of 8
+    assert selection._choose(q, k[:, :, :1], k[:, :, :1], 16, call) == "hopper"
 
 
 # -- the sum as its last step --------------------------------------------------------------------
@@ -187,6 +203,47 @@ def _whole(kind: str, n: int, off: str | None, gates: str):
     g = {name: x.to(dtype if gates == "same" or (gates == "mixed" and name == "slc") else x.dtype)
          for name, x in g.items()}  # fmt: skip
     return q, k, v, [None if name == off else x for name, x in g.items()]
+
+
+#: tiles of 48 to 256 queries: more, fewer and exactly as many queries; all that a case can have
+SMALL = [
+    Case(m, group=group, heads=heads, d=d, block=block, slots=4, dtype=dtype, pattern=pattern)
+    for group, heads in ((1, 3), (2, 2), (4, 1))
+    for m, d, block, dtype, pattern in (
+        (1, 128, 64, "bfloat16", "random"), (63, 64, 64, "float16", "messy"),
+        (192, 128, 64, "bfloat16", "random"), (500, 64, 64, "bfloat16", "messy"),
+        (500, 128, 128, "float16", "random"), (1025, 128, 64, "bfloat16", "random"),
+        (300, 128, 64, "bfloat16", "nothing"), (400, 64, 128, "float16", "all"),
+    )
+]  # fmt: skip
+SMALL += [
+    Case(500, group=group, d=128, block=64, slots=4, dtype="bfloat16", batch=2, n=900)
+    for group in (1, 2, 4)
+]
+SMALL += [
+    Case(700, group=group, d=d, block=64, slots=4, dtype="bfloat16", lengths=(5, 0, 431, 64, 200))
+    for group in (1, 2, 4) for d in (64, 128)
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_small_groups_are_within_the_bound(case):
+    check_forward(case, lambda *a: selection.forward(*a, road="hopper"), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_small_groups_give_equal_bits_each_time(group):
+    case = Case(2000, group=group, heads=4, d=128, block=64, slots=16, dtype="bfloat16")
+    q, k, v, _, _, chosen = make(case, "cuda")
+    call = call_of(case, "cuda")
+    first = selection.forward(q, k, v, chosen, call, road="hopper")
+    for _ in range(50):
+        again = selection.forward(q, k, v, chosen, call, road="hopper")
+        assert all(map(torch.equal, first, again))
 
 
 @pytest.mark.gpu

@@ -73,6 +73,37 @@ def test_union_holds_each_chosen_block_once_and_names_who_chose_it(case, tile, d
             assert x == len(counts[b][h])
 
 
+@pytest.mark.parametrize(("queries", "groups"), [(64, 3), (16, 2), (32, 4)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_union_by_group_names_who_chose_a_block_in_words_of_each_group(
+    case, queries, groups, device
+):
+    torch.manual_seed(1)
+    chosen, call = choose(case, device), call_of(case, device)
+    found = lists.unions_by_group(chosen, queries, groups, call)
+    blocks, members, counts = (x.tolist() for x in found)
+    tile, bits = queries * groups, min(queries, 32)
+    for b, picks in enumerate(counted(case, chosen)):
+        for h, picks_h in enumerate(picks):
+            x = 0
+            for begin, end, _ in sequences(case):
+                for first in range(begin, begin + call.max_q, tile):
+                    want: dict[int, list[int]] = {}
+                    who: dict[int, int] = {}
+                    for i in range(first, min(first + tile, end)):
+                        word, bit = divmod(i - first, bits)
+                        for block in picks_h[i]:
+                            want.setdefault(block, [0] * (tile // bits))[word] |= 1 << bit
+                            who[block] = who.get(block, 0) | 1 << (i - first) // queries
+                    n = counts[b][h][x]
+                    assert [c % 2**24 for c in blocks[b][h][x][:n]] == sorted(want)
+                    assert [c >> 24 for c in blocks[b][h][x][:n]] == [who[c] for c in sorted(who)]
+                    got = [[word % 2**32 for word in words] for words in members[b][h][x][:n]]
+                    assert got == [want[c] for c in sorted(want)]
+                    x += 1
+            assert x == len(counts[b][h])
+
+
 def turned(case: Case, picks, row: int, first: int = 0, last: int = 10**9, *, slots=False):
     """Queries ``first … last`` that chose the block of table row ``row``, ascending."""
     for begin, end, block in sequences(case):

@@ -22,7 +22,10 @@ compute, rings of slots with a *full* and an *empty* barrier between them.  What
 - A warpgroup's 64 rows are ``64 / G`` queries × G heads.  ``[queries, heads, d]`` of neighbouring
   heads and queries is one tile for the copy engine, and its bytes are those of ``[64, d]``.
 - **Whether a block is read is decided per warpgroup.**  One that none of its queries chose is
-  given back as soon as it has landed.  The groups are independent: they drift apart by as many
+  given back as soon as it has landed.  A tile of at most 32 queries has one word for each block,
+  with a bit for each query.  A group of fewer than 8 heads makes more queries to a tile: then each
+  warpgroup has ``WORDS`` of its own, and the number of the block carries a bit for each warpgroup
+  (``lists.unions_by_group``).  The groups are independent: they drift apart by as many
   blocks as the ring holds, and the products of one run beside the softmax of another.
 - **Whether it counts is decided per row.**  A row of a query that did not choose the block keeps
   its m; with +∞ in place of c m its P is 0.  That costs two instructions per row; a mask over the
@@ -56,9 +59,10 @@ from labkit.flash.gluon import (
     warpgroup_mma_wait,
 )
 from labkit.flash.tuning import Config
+from labkit.nsa import lists
 from labkit.nsa.call import Call
 
-__all__ = ["CONFIGS", "config_for", "forward", "supports"]
+__all__ = ["CONFIGS", "config_for", "forward", "supports", "unions"]
 
 # One compilation for all sizes: nothing here gets faster by knowing that one of them is 1.
 _kernel = jit(
@@ -68,7 +72,7 @@ _kernel = jit(
 )  # fmt: skip
 
 #: by head_dim: rows of a tile, keys of a slot, warps of a group, slots of the ring.  The first
-#: whose tile has at most 32 queries serves: ``members`` has a bit for each.
+#: whose tile has at most 32 queries serves, one bit each; with a word for each group the first.
 CONFIGS = {
     64: [Config(256, 64, 4, 6, True, "four"), Config(128, 64, 4, 6, True, "two")],
     128: [Config(192, 64, 4, 5, True, "three"), Config(128, 64, 4, 5, True, "two")],
@@ -118,7 +122,7 @@ def _fetch(described, batch, head, row, n, tiles, full, empty, STAGES: gl.conste
 @jit
 def _load(
     args, QUERIES: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, WORDS: gl.constexpr,
 ):  # fmt: skip
     """One warp: Q once, then K and V of each block of the union, as the slots become empty."""
     q, k, v, Q, ring, q_full, place, union = args
@@ -132,6 +136,8 @@ def _load(
         _copy(q, batch, start + first + group * QUERIES, heads_first, q_full, Q.index(group))
     block = gl.load(blocks)
     for x in range(count):
+        if WORDS > 0:
+            block = block & 0xFFFFFF
         following = gl.load(blocks + min(x + 1, count - 1))  # asked for before it is needed
         for part in gl.static_range(PARTS):
             key = start + block * BLOCK + part * BLOCK_N
@@ -162,7 +168,7 @@ def _softmax(s, m, l, c, active):
 def _attend(
     args, QUERIES: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
     BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, VARLEN: gl.constexpr, MORE: gl.constexpr,
-    GROUP: gl.constexpr,
+    WORDS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: (m, l, O) of its queries over the blocks they chose, then O / l and LSE."""
     out, lse, scale, Q, ring, q_full, place, union, more = args
@@ -170,6 +176,7 @@ def _attend(
     batch, head, first, end, start, offset, lse_row, lse_step = place
     blocks, members, count = union
     SHARE: gl.constexpr = 64 // QUERIES
+    OWN: gl.constexpr = 2 if QUERIES > 32 else 1  # words of a group
     PARTS: gl.constexpr = BLOCK // BLOCK_N
     WARPS: gl.constexpr = gl.num_warps()
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
@@ -193,11 +200,18 @@ def _attend(
         o1, o2, gates, gate_step, heads, more_full = more
         _bring(o1, batch, i, head * SHARE, more_full.index(GROUP), q)
 
-    block, chose = gl.load(blocks), gl.load(members)
+    block, chose = gl.load(blocks), 0
+    if WORDS == 0:
+        chose = gl.load(members)
     for x in range(count):
         ahead = min(x + 1, count - 1)
-        block_ahead, chose_ahead = gl.load(blocks + ahead), gl.load(members + ahead)
-        mine = (chose >> (GROUP * QUERIES)) & ((1 << QUERIES) - 1)
+        block_ahead, chose_ahead = gl.load(blocks + ahead), 0
+        if WORDS == 0:
+            chose_ahead = gl.load(members + ahead)
+            mine = (chose >> (GROUP * QUERIES)) & ((1 << QUERIES) - 1)
+        else:
+            mine = (block >> (24 + GROUP)) & 1
+            block = block & 0xFFFFFF
         for part in gl.static_range(PARTS):
             n = x * PARTS + part
             slot, parity = n % STAGES, (n // STAGES) & 1
@@ -207,6 +221,9 @@ def _attend(
                 s = warpgroup_mma(
                     left, K.index(slot).permute([1, 0]), nothing, use_acc=False, is_async=True
                 )
+                word = mine
+                if WORDS > 0:  # while the product runs
+                    word = gl.load(members + (x * WORDS + GROUP * OWN + query // 32))
                 s = warpgroup_mma_wait(0, [s])
                 mbarrier.arrive(k_empty.index(slot), count=1)
                 key = block * BLOCK + part * BLOCK_N
@@ -214,7 +231,7 @@ def _attend(
                     j = key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S))
                     seen = j[None, :] <= (i + offset + query)[:, None]
                     s = gl.where(seen, s, float("-inf"))
-                p, m, l, alpha = _softmax(s, m, l, c, ((mine >> query) & 1) != 0)
+                p, m, l, alpha = _softmax(s, m, l, c, ((word >> (query % 32)) & 1) != 0)
                 P = gl.convert_layout(p.to(V.dtype), gl.DotOperandLayout(0, O, 2))
                 o = o * gl.convert_layout(alpha, gl.SliceLayout(1, O))[:, None]
                 mbarrier.wait(v_full.index(slot), parity)
@@ -289,7 +306,7 @@ def forward_kernel(
     stride_om, stride_oh,
     QUERIES: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
     BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, VARLEN: gl.constexpr, MORE: gl.constexpr,
-    REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+    WORDS: gl.constexpr, REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers and places, then each warp goes to its own work."""
     WARPS: gl.constexpr = gl.num_warps()
@@ -329,7 +346,8 @@ def forward_kernel(
     first = tile * (GROUPS * QUERIES)
     SHARE: gl.constexpr = 64 // QUERIES
     lse_row = (batch * heads + head).to(gl.int64) * SHARE * Nq + start
-    union = (blocks + union * cap, members + union * cap, gl.load(counts + union))
+    counted = gl.load(counts + union)
+    union = (blocks + union * cap, members + union * cap * max(1, WORDS), counted)
     out = o
     if VARLEN:
         out = (o, stride_om, stride_oh)
@@ -342,11 +360,11 @@ def forward_kernel(
     if GROUPS == 4:
         gl.warp_specialize(
             [
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 0)),
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 1)),
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 2)),
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 3)),
-                (_load, (loads, QUERIES, GROUPS, STAGES, BLOCK, BLOCK_N)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, WORDS, 0)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, WORDS, 1)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, WORDS, 2)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, WORDS, 3)),
+                (_load, (loads, QUERIES, GROUPS, STAGES, BLOCK, BLOCK_N, WORDS)),
             ],
             [WARPS, WARPS, WARPS, 1],
             [REGISTERS, REGISTERS, REGISTERS, LOADER_REGISTERS],
@@ -354,10 +372,10 @@ def forward_kernel(
     elif GROUPS == 3:
         gl.warp_specialize(
             [
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 0)),
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 1)),
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 2)),
-                (_load, (loads, QUERIES, GROUPS, STAGES, BLOCK, BLOCK_N)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, WORDS, 0)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, WORDS, 1)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, WORDS, 2)),
+                (_load, (loads, QUERIES, GROUPS, STAGES, BLOCK, BLOCK_N, WORDS)),
             ],
             [WARPS, WARPS, 1],
             [REGISTERS, REGISTERS, LOADER_REGISTERS],
@@ -365,9 +383,9 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 0)),
-                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, 1)),
-                (_load, (loads, QUERIES, GROUPS, STAGES, BLOCK, BLOCK_N)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, WORDS, 0)),
+                (_attend, (work, QUERIES, STAGES, D, BLOCK, BLOCK_N, VARLEN, MORE, WORDS, 1)),
+                (_load, (loads, QUERIES, GROUPS, STAGES, BLOCK, BLOCK_N, WORDS)),
             ],
             [WARPS, 1],
             [REGISTERS, LOADER_REGISTERS],
@@ -407,6 +425,7 @@ class _Plan:
              q.shape[:3].numel(), o.stride(1), o.stride(2)),
             dict(QUERIES=queries, GROUPS=groups, STAGES=config.num_stages, D=d,
                  BLOCK=call.block_size, BLOCK_N=config.block_n, VARLEN=varlen, MORE=more,
+                 WORDS=0 if share >= _ONE_WORD_FROM else groups * triton.cdiv(queries, 32),
                  REGISTERS=registers, LOADER_REGISTERS=loader_registers),
             config,
         )  # fmt: skip
@@ -420,6 +439,10 @@ class _Plan:
         self.launch(*described, *outs, lse, gates, *union, cu)
 
 
+#: smaller groups of heads have unions with a word for each group of warps
+_ONE_WORD_FROM = 8
+
+
 def tile_of(share: int, config: Config) -> int:
     """Queries of a program."""
     return config.block_m // share
@@ -429,9 +452,17 @@ def config_for(q: torch.Tensor, k: torch.Tensor, call: Call) -> Config | None:
     """The configuration for such tensors; None if there is none."""
     share = q.shape[2] // k.shape[2]
     for config in CONFIGS.get(q.shape[3], []):
-        if tile_of(share, config) <= 32:  # a bit of int32 for each query
+        if share < _ONE_WORD_FROM or tile_of(share, config) <= 32:
             return config
     return None
+
+
+def unions(block_indices, share: int, config: Config, call: Call, n_k: int):
+    """What the queries of each program chose, as :func:`forward` wants it."""
+    if share < _ONE_WORD_FROM:
+        groups = _GROUPS[config.by_hand][0]
+        return lists.unions_by_group(block_indices, 64 // share, groups, call)
+    return lists.unions(block_indices, tile_of(share, config), call, n_k)
 
 
 def forward(q, k, v, block_indices, call: Call, *, config=None, union=None, more=None):
@@ -443,7 +474,7 @@ def forward(q, k, v, block_indices, call: Call, *, config=None, union=None, more
     k, v : ``[B, N, H, D]``, M ≤ N.
     block_indices : ``[B, M, H, S]`` int32 or int64, −1 for an unused slot.
     config : one of :data:`CONFIGS`; None: the first that serves.
-    union : what ``lists.unions(block_indices, tile_of(…), call, N)`` gave, if it is known.
+    union : what :func:`unions` gave, if it is known.
     more : ``(others, gates)``: the outputs of one or two other branches, ``[B, M, HQ, D]`` in q's
         dtype, readable by the copy engine, and ``[1 + others, B, M, HQ]`` contiguous gates, that
         of this branch first.  Only where :func:`can_add` says so.
@@ -458,9 +489,7 @@ def forward(q, k, v, block_indices, call: Call, *, config=None, union=None, more
     o = q.new_empty((batch, n_q, all_q, d))
     lse = q.new_empty((batch, all_q, n_q), dtype=torch.float32)
     if union is None:
-        from labkit.nsa import lists
-
-        union = lists.unions(block_indices, tile_of(all_q // heads, config), call, n_k)
+        union = unions(block_indices, all_q // heads, config, call, n_k)
     others, gates = more or ((), lse)
     key = (
         config, call.scale, call.block_size, call.max_q, call.sequences, union[0].shape[-1],
@@ -509,7 +538,7 @@ def why_not(q, k, v, call: Call) -> str | None:
     """None if this kernel can run on such tensors, else the reason; never raises.
 
     It needs a Hopper GPU, float16 or bfloat16, head_dim and head_dim_v equal and 64 or 128, blocks
-    of 64 keys or a multiple, a group of 4 to 64 query heads per KV head that is a power of two,
+    of 64 keys or a multiple, a group of 1 to 64 query heads per KV head that is a power of two,
     and tensors that the copy engine can read: last dimension dense, other strides and the start
     multiples of 16 bytes.
     """
@@ -522,7 +551,7 @@ def why_not(q, k, v, call: Call) -> str | None:
             return "a block_size that is no multiple of 64"
         share = q.shape[2] // k.shape[2]
         if share & (share - 1) or share > 64 or config_for(q, k, call) is None:
-            return "a group of query heads that is not 4, 8, 16, 32 or 64"
+            return "a group of query heads that is not 1, 2, 4, 8, 16, 32 or 64"
         return unreadable(q, k, v)
     except Exception as problem:
         return f"{type(problem).__name__}: {problem}"

@@ -29,7 +29,9 @@ from labkit.flash.tuning import Config
 from labkit.kernels.runtime import backend
 from labkit.nsa.call import Call
 
-__all__ = ["block_rows", "by_block", "by_slot", "find_sequence", "parts", "unions"]
+__all__ = [
+    "block_rows", "by_block", "by_slot", "find_sequence", "parts", "unions", "unions_by_group",
+]  # fmt: skip
 
 _UNUSED = tl.constexpr(2**31 - 1)
 
@@ -206,6 +208,110 @@ def unions(
             dict(BLOCK=call.block_size, TILE=tile, LOG=log, TILES=together,
                  VARLEN=call.cu is not None, INTERPRETED=interpreted),
             Config(tile, 0, min(8, max(1, 2**log // 256)), 1),
+        )  # fmt: skip
+        if len(_launchers) > 2000:  # shapes that never come back
+            _launchers.clear()
+        _launchers[key] = launch
+    launch(block_indices, blocks, members, counts, call.cu)
+    return blocks, members, counts
+
+
+@triton.jit
+def unions_by_group_kernel(
+    chosen, blocks, members, counts, cu,
+    stride_cb, stride_cm, stride_ch, stride_cs,
+    heads, Nq, offset, per_sequence, slots, cap,
+    BLOCK: tl.constexpr, QUERIES: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    VARLEN: tl.constexpr,
+):  # fmt: skip
+    """The union of ``GROUPS`` times ``QUERIES`` queries, 32 blocks at a time.
+
+    Each query makes a bit for each block, then each block a bit for each query.
+    """
+    BITS: tl.constexpr = min(QUERIES, 32)
+    WORDS: tl.constexpr = QUERIES // BITS  # of a group
+    x = tl.program_id(0)
+    head, tile = (x // per_sequence % heads).to(tl.int64), x % per_sequence
+    batch = (x // (per_sequence * heads)).to(tl.int64)
+    end, start, own = Nq, tl.cast(0, tl.int64), offset
+    if VARLEN:
+        each = tl.cdiv(Nq, GROUPS * QUERIES)  # Nq: of the longest sequence
+        sequence, tile = tile // each, tile % each
+        start = tl.load(cu + sequence).to(tl.int64)
+        end = (tl.load(cu + sequence + 1) - start).to(tl.int32)
+    row = tl.arange(0, ROWS)
+    i = tile * (GROUPS * QUERIES) + row
+    there = (row < GROUPS * QUERIES) & (i < end)
+    at = batch * stride_cb + (start + i) * stride_cm + head * stride_ch
+    last = (i + own) // BLOCK
+    group, word = tl.arange(0, ROWS // QUERIES), tl.arange(0, ROWS // BITS)
+    c = tl.arange(0, 32)
+    count = 0
+    to = x.to(tl.int64) * cap
+    for n in range(tl.cdiv(cap, 32)):
+        bits = tl.zeros([ROWS], tl.int32)
+        for slot in range(slots):
+            block = tl.load(chosen + at + slot * stride_cs, there, -1).to(tl.int32)
+            counts_here = (block >= 0) & (block <= last) & (block // 32 == n)
+            bits |= tl.where(counts_here, 1 << (block % 32), 0)
+        bit = ((bits[:, None] >> c[None, :]) & 1) << (row % BITS)[:, None]
+        # Of each query another bit: their sum is what all of them chose.
+        member = tl.sum(tl.reshape(bit, [ROWS // BITS, BITS, 32]), 1)
+        has = tl.max(tl.reshape((member != 0).to(tl.int32), [ROWS // QUERIES, WORDS, 32]), 1)
+        who = tl.sum(has << group[:, None], 0)
+        some = (who != 0).to(tl.int32)
+        place = to + count + tl.cumsum(some, 0) - 1
+        tl.store(blocks + place, (who << 24) | (n * 32 + c), mask=who != 0)
+        at_word = place[None, :] * (GROUPS * WORDS) + word[:, None]
+        inside = (who != 0)[None, :] & (word < GROUPS * WORDS)[:, None]
+        tl.store(members + at_word, member, mask=inside)
+        count += tl.sum(some, 0)
+    tl.store(counts + x, count)
+
+
+def unions_by_group(
+    block_indices: torch.Tensor, queries: int, groups: int, call: Call
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What any of ``groups · queries`` neighbouring queries chose, with words for each group.
+
+    For tiles with more than 32 queries.  Nothing is sorted: a program goes through all blocks of
+    the sequence, and that is worth it where there are not many.
+
+    Parameters
+    ----------
+    block_indices : ``[B, M, H, S]`` int32 or int64, −1 for an unused slot.
+    queries : of a group: a power of two, at most 64.
+    groups : that share a tile, at most 7.
+
+    Returns
+    -------
+    tuple
+        ``blocks`` ``[B, H, tiles, cap]`` int32, the first ``counts`` of them ascending, the rest
+        undefined: the block in the lower 24 bits, and bit 24 + g is set when a query of group g
+        chose it.  cap = blocks of the longest sequence.
+        ``members`` ``[B, H, tiles, cap, words]`` int32: query i of the tile has bit i % 32 of word
+        i // 32 or, where a group has fewer than 32 queries, bit i % queries of word i // queries.
+        ``counts`` ``[B, H, tiles]`` int32.  Tiles as in :func:`unions`.
+    """
+    b, _, h, s = block_indices.shape
+    each = -(-call.max_q // (groups * queries))
+    tiles, cap = each * (call.sequences or 1), max(1, call.blocks)
+    new = block_indices.new_empty
+    blocks = new((b, h, tiles, cap), dtype=torch.int32)
+    members = new((b, h, tiles, cap, groups * -(-queries // 32)), dtype=torch.int32)
+    counts = new((b, h, tiles), dtype=torch.int32)
+    if not counts.numel():
+        return blocks, members, counts
+    key = (queries, groups, *plan_key(call, block_indices))
+    launch = _launchers.get(key)
+    if launch is None:
+        launch = Launcher(
+            unions_by_group_kernel,
+            (counts.numel(),),
+            (*block_indices.stride(), h, call.max_q, call.offset, tiles, s, cap),
+            dict(BLOCK=call.block_size, QUERIES=queries, GROUPS=groups,
+                 ROWS=queries * triton.next_power_of_2(groups), VARLEN=call.cu is not None),
+            Config(queries * groups, 0, 4, 1),
         )  # fmt: skip
         if len(_launchers) > 2000:  # shapes that never come back
             _launchers.clear()

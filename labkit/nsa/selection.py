@@ -52,6 +52,9 @@ LOG2E = math.log2(math.e)
 _BY_QUERIES_FROM = 8
 #: below this many queries a launch more costs more than rows in vain
 _FEW = 1024
+#: a smaller group, by hand: up to so many blocks for each slot even neighbours that share nothing,
+#: which read them all, are no slower together than each for itself by keys
+_BLOCKS_PER_SLOT = 12
 
 
 # -- tiles that several kernels of this package share --------------------------------------------
@@ -371,7 +374,7 @@ def forward(
             o, lse = _ByQueries.outputs(q, v)
             return o.zero_(), lse.fill_(float("-inf"))
         if road is None:
-            road = _choose(q, k, v, call)
+            road = _choose(q, k, v, block_indices.shape[3], call)
         if road == "hopper":
             return hopper("hopper").forward(q, k, v, block_indices, call)
         if road == "keys":
@@ -406,7 +409,8 @@ def forward_sum(
     with _On(q):
         if 0 in (call.max_q, call.max_k, block_indices.shape[3], q.numel(), v.shape[3]):
             return None
-        module = hopper("hopper") if _choose(q, k, v, call) == "hopper" else None
+        road = _choose(q, k, v, block_indices.shape[3], call)
+        module = hopper("hopper") if road == "hopper" else None
         if module is None or not module.can_add(q, others, call):
             return None
         if any(g.dtype != gates[0].dtype for g in gates):
@@ -415,13 +419,11 @@ def forward_sum(
         return module.forward(q, k, v, block_indices, call, more=more)
 
 
-def _choose(q, k, v, call: Call) -> str:
+def _choose(q, k, v, slots: int, call: Call) -> str:
     """The road for these tensors, by their shapes only: whether neighbours share is not known."""
-    group = q.shape[2] // k.shape[2]
-    if group < _BY_QUERIES_FROM and q.shape[1] >= _FEW:
-        return "keys"
-    if card(q)[0] == 90:
+    small = q.shape[2] // k.shape[2] < _BY_QUERIES_FROM
+    if card(q)[0] == 90 and not (small and call.blocks > _BLOCKS_PER_SLOT * slots):
         module = hopper("hopper")
         if module is not None and module.supports(q, k, v, call):
             return "hopper"
-    return "queries"
+    return "keys" if small and q.shape[1] >= _FEW else "queries"
