@@ -160,7 +160,7 @@ def test_a_tile_has_a_bit_for_each_of_its_queries():
             assert hopper.tile_of(group, config) <= 32 or group < 8
 
 
-@pytest.mark.parametrize(("blocks", "road"), [(12 * 16, "hopper"), (12 * 16 + 1, "keys")])
+@pytest.mark.parametrize(("blocks", "road"), [(9 * 16, "hopper"), (9 * 16 + 1, "keys")])
 def test_a_small_group_goes_along_unions_where_there_are_few_blocks(monkeypatch, blocks, road):
     monkeypatch.setattr(selection, "card", lambda q: (90, 0, 0, 0))
     q, k = (torch.zeros(1, 1024, h, 64, dtype=torch.float16).as_subclass(OnHopper) for h in (4, 4))

@@ -589,8 +589,9 @@ class _Plan:
         self.launch = Launcher(
             forward_kernel,
             (min(programs, tiles * all_heads),),
+            # A window beyond all keys is none, and must not make the numbers of slots 64 bits wide.
             (scale, heads, all_heads, share, n_q, n_k, tiles, min(section, all_heads),
-             call.window or 0),
+             min(call.window or 0, n_q + n_k)),
             dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, D=width,
                  STAGES=config.num_stages, GROUPS=groups, REGISTERS=registers,
                  LOADER_REGISTERS=loader_registers, CAUSAL=call.causal,

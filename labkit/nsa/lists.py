@@ -222,11 +222,11 @@ def unions_by_group_kernel(
     stride_cb, stride_cm, stride_ch, stride_cs,
     heads, Nq, offset, per_sequence, slots, cap,
     BLOCK: tl.constexpr, QUERIES: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-    VARLEN: tl.constexpr,
+    TOGETHER: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """The union of ``GROUPS`` times ``QUERIES`` queries, 32 blocks at a time.
+    """The union of ``GROUPS`` times ``QUERIES`` queries.
 
-    Each query makes a bit for each block, then each block a bit for each query.
+    Each query makes a bit for each of 32 · ``TOGETHER`` blocks, then each block one for each query.
     """
     BITS: tl.constexpr = min(QUERIES, 32)
     WORDS: tl.constexpr = QUERIES // BITS  # of a group
@@ -245,27 +245,31 @@ def unions_by_group_kernel(
     at = batch * stride_cb + (start + i) * stride_cm + head * stride_ch
     last = (i + own) // BLOCK
     group, word = tl.arange(0, ROWS // QUERIES), tl.arange(0, ROWS // BITS)
-    c = tl.arange(0, 32)
+    near, c = tl.arange(0, TOGETHER), tl.arange(0, 32)
     count = 0
     to = x.to(tl.int64) * cap
-    for n in range(tl.cdiv(cap, 32)):
-        bits = tl.zeros([ROWS], tl.int32)
+    for n in range(0, tl.cdiv(cap, 32), TOGETHER):
+        # A slot of neighbouring queries is far apart in memory: it is read once for all words.
+        bits = tl.zeros([ROWS, TOGETHER], tl.int32)
         for slot in range(slots):
             block = tl.load(chosen + at + slot * stride_cs, there, -1).to(tl.int32)
-            counts_here = (block >= 0) & (block <= last) & (block // 32 == n)
-            bits |= tl.where(counts_here, 1 << (block % 32), 0)
-        bit = ((bits[:, None] >> c[None, :]) & 1) << (row % BITS)[:, None]
-        # Of each query another bit: their sum is what all of them chose.
-        member = tl.sum(tl.reshape(bit, [ROWS // BITS, BITS, 32]), 1)
-        has = tl.max(tl.reshape((member != 0).to(tl.int32), [ROWS // QUERIES, WORDS, 32]), 1)
-        who = tl.sum(has << group[:, None], 0)
-        some = (who != 0).to(tl.int32)
-        place = to + count + tl.cumsum(some, 0) - 1
-        tl.store(blocks + place, (who << 24) | (n * 32 + c), mask=who != 0)
-        at_word = place[None, :] * (GROUPS * WORDS) + word[:, None]
-        inside = (who != 0)[None, :] & (word < GROUPS * WORDS)[:, None]
-        tl.store(members + at_word, member, mask=inside)
-        count += tl.sum(some, 0)
+            block = tl.where(block <= last, block, -1)  # which is in no word
+            here = (block >> 5)[:, None] == (n + near)[None, :]
+            bits |= tl.where(here, (1 << (block & 31))[:, None], 0)
+        for m in tl.static_range(TOGETHER):
+            bit = tl.sum(tl.where((near == m)[None, :], bits, 0), 1)
+            bit = ((bit[:, None] >> c[None, :]) & 1) << (row % BITS)[:, None]
+            # Of each query another bit: their sum is what all of them chose.
+            member = tl.sum(tl.reshape(bit, [ROWS // BITS, BITS, 32]), 1)
+            has = tl.max(tl.reshape((member != 0).to(tl.int32), [ROWS // QUERIES, WORDS, 32]), 1)
+            who = tl.sum(has << group[:, None], 0)
+            some = (who != 0).to(tl.int32)
+            place = to + count + tl.cumsum(some, 0) - 1
+            tl.store(blocks + place, (who << 24) | ((n + m) * 32 + c), mask=who != 0)
+            at_word = place[None, :] * (GROUPS * WORDS) + word[:, None]
+            inside = (who != 0)[None, :] & (word < GROUPS * WORDS)[:, None]
+            tl.store(members + at_word, member, mask=inside)
+            count += tl.sum(some, 0)
     tl.store(counts + x, count)
 
 
@@ -310,7 +314,9 @@ def unions_by_group(
             (counts.numel(),),
             (*block_indices.stride(), h, call.max_q, call.offset, tiles, s, cap),
             dict(BLOCK=call.block_size, QUERIES=queries, GROUPS=groups,
-                 ROWS=queries * triton.next_power_of_2(groups), VARLEN=call.cu is not None),
+                 ROWS=queries * triton.next_power_of_2(groups),
+                 TOGETHER=min(8, triton.next_power_of_2(triton.cdiv(cap, 32))),
+                 VARLEN=call.cu is not None),
             Config(queries * groups, 0, 4, 1),
         )  # fmt: skip
         if len(_launchers) > 2000:  # shapes that never come back

@@ -54,7 +54,7 @@ _BY_QUERIES_FROM = 8
 _FEW = 1024
 #: a smaller group, by hand: up to so many blocks for each slot even neighbours that share nothing,
 #: which read them all, are no slower together than each for itself by keys
-_BLOCKS_PER_SLOT = 12
+_BLOCKS_PER_SLOT = 9
 
 
 # -- tiles that several kernels of this package share --------------------------------------------
