@@ -92,7 +92,9 @@ def made() -> Result:
                 seconds = factor * n / 8192 * 1e-3 * share
                 result.add(f"branch.{name}.{what}.n{n}", seconds, "s", "made up")
     for group, seconds in ((16, 1e-3), (1, 1.5e-3)):
-        result.add(f"group.labkit.random.forward.g{group}", seconds, "s", "made up")
+        key = f"group.labkit.random.forward.g{group}"
+        result.add(key, seconds, "s", "made up")
+        result.add(f"{key}.n32768", seconds**2, "s", "made up")
     for name, power in (("torch", 2), ("fused", 1)):
         for n in (4096, 8192, 16384):
             result.add(f"topk.{name}.n{n}", (n / 4096) ** power, "s", "made up")
@@ -110,6 +112,7 @@ def test_ratios_name_who_is_faster():
     assert result.value("crossover.whole.random.forward") == pytest.approx(2048)
     assert "faster at 2048 already" in result.how("crossover.whole.random.forward")
     assert result.value("group.ratio.random.forward.g1") == pytest.approx(1.5)
+    assert result.value("group.ratio.random.forward.g1.n32768") == pytest.approx(2.25)
     assert result.value("group.ratio.worst") == pytest.approx(1.5)
     assert result.value("topk.torch.exponent") == pytest.approx(2)
     assert result.value("topk.fused.exponent") == pytest.approx(1)
@@ -213,7 +216,7 @@ def test_what_needs_no_peer_comes_first_and_no_compiler_runs_beside_it(monkeypat
             self.running["x"] = None
 
         def wait(self, jobs, seconds):
-            assert 0 < seconds <= 230
+            assert 0 < seconds <= nsa_speed.BUDGET_S
             done.append("wait")
 
         def _signal(self, number):

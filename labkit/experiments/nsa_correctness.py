@@ -41,8 +41,9 @@ REPEATS = 250
 RMSE = 0.005
 #: what the kernels by hand take
 _FAST: dict[str, tuple[Any, ...]] = {
-    "t": (127, 500, 1024), "group": (1, 2, 4, 16, 64), "block": (64, 128), "dims": ((64, 64), (128, 128)),
-    "dtype": ("float16", "bfloat16"), "layout": ("bnhd", "packed"), "slots": (4, 16),
+    "t": (127, 500, 1024), "group": (1, 2, 4, 16, 64), "block": (64, 128),
+    "dims": ((64, 64), (128, 128)), "dtype": ("float16", "bfloat16"),
+    "layout": ("bnhd", "packed"), "slots": (4, 16),
     "sequences": ("one", "ragged", "fewer"),
 }  # fmt: skip
 

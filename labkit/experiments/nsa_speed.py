@@ -48,6 +48,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,7 +97,7 @@ _ALIKE = 32
 #: at most so many samples of a row are kept
 _SAMPLES = 15
 #: no part is begun that would probably end after so many seconds, and what runs then ends
-BUDGET_S = 230
+BUDGET_S = 300
 #: what a part probably takes on an H200, where it is more than five seconds
 _LONG = {("counters", 32768): 45, ("sweep", 131072): 15, ("sweep", 65536): 8,
          ("branches", 131072): 8}  # fmt: skip
@@ -140,7 +141,8 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
         "sweep": [*lengths, 131072],
         "branches": [8192, 65536, 32768, 2048, 4096, 16384, 131072],
         "roads": [(n, pattern) for n in (32768, 8192) for pattern in PATTERNS],
-        "groups": [(8192, g, p) for p in PATTERNS for g in (16, 1, 2, 4, 8, 32, 64)],
+        "groups": [*((8192, g, p) for p in PATTERNS for g in (16, 1, 2, 4, 8, 32, 64)),
+                   *((32768, g, p) for p in PATTERNS for g in (16, 1, 4))],
         "memory": [(8192, 32768)],
         "error": ["rows", "gradients"],
         "topk": [*topk, *(("s", s) for s in (4, 16, 64))],
@@ -178,7 +180,8 @@ def run(
         and ``whole.<who>.<pattern>.<pass>.n<T>`` (s), ``….vs_fla.…`` (our time over theirs) and
         ``….speedup.…`` (dense over ours), ``crossover.<what>.<pattern>.<pass>`` (tokens),
         ``branch.<name>.<pass>.n<T>``, ``road.<road>.<pattern>.<pass>.n<T>``,
-        ``group.<pattern>.<pass>.g<G>``, ``error.…``, ``topk.…``, ``model.…`` and ``union.…``; with
+        ``group.labkit.<pattern>.<pass>.g<G>`` (8,192 tokens; else with ``.n<T>``), ``error.…``,
+        ``topk.…``, ``model.…`` and ``union.…``; with
         those parts ``memory.<what>.…``, ``l2.<step>.<pattern>`` and ``hbm.…``.
         ``rows``: one per measured function, ``part`` as in the list above.
     """
@@ -852,7 +855,8 @@ def _groups(
     for what, times in found.items():
         for who, seconds in times.items():
             how = f"selection, {who}, {what}, {pattern}, 64 heads in groups of {group}, T = {n}"
-            result.add(f"group.{who}.{pattern}.{what}.g{group}", seconds, "s", how)
+            key = f"group.{who}.{pattern}.{what}.g{group}"
+            result.add(key if n == 8192 else f"{key}.n{n}", seconds, "s", how)
 
 
 # -- memory ----------------------------------------------------------------------------------------
@@ -1301,16 +1305,18 @@ def _summarise(result: Result) -> None:
                 how = f"time of selection with a random choice over a local one, {what}, T = {n}"
                 result.add(f"choice.{what}.n{n}", first / second, "1", how)
     for key in list(result.results):
-        if not key.startswith("group.labkit.") or key.endswith(".g16"):
+        if not key.startswith("group.labkit."):
             continue
-        base = key.rpartition(".g")[0] + ".g16"
-        if base in result:
+        base = re.sub(r"\.g\d+", ".g16", key)
+        if base in result and base != key:
             name = key.replace("group.labkit.", "group.ratio.")
             how = "time over that of groups of 16, the same useful operations"
             result.add(name, result.value(key) / result.value(base), "1", how)
-    ratios = [result.value(k) for k in result.results if k.startswith("group.ratio.")]
+    ratios = [
+        result.value(k) for k in result.results if re.fullmatch(r"group\.ratio\..*\.g\d+", k)
+    ]
     if ratios:
-        how = "largest of group.ratio.*"
+        how = "largest of group.ratio.*, T = 8192"
         result.add("group.ratio.worst", max(ratios), "1", how)
     for name in ("torch", "fused", "scores"):
         pairs = series(result, f"topk.{name}")

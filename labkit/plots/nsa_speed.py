@@ -282,8 +282,9 @@ def nsa_groups(axes: Any, result: Any) -> str:
             prefix = f"group.labkit.{pattern}.{what}.g"
             pairs = sorted(
                 (int(key.removeprefix(prefix)), result.value(key))
-                for key in result.results if key.startswith(prefix)
-            )  # fmt: skip
+                for key in result.results
+                if key.startswith(prefix) and key.removeprefix(prefix).isdigit()  # one length
+            )
             base = dict(pairs).get(16)
             if not base:
                 continue
