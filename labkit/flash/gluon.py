@@ -21,6 +21,7 @@ from labkit.flash import launch
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy
     from triton.experimental.gluon.language.nvidia.hopper import (
         fence_async_shared,
         mbarrier,
@@ -36,7 +37,7 @@ try:
     jit = gluon.jit
 except Exception as problem:  # whatever it is, the caller has other kernels
     MISSING = f"{type(problem).__name__}: {problem}"
-    gl = fence_async_shared = mbarrier = tma = TensorDescriptor = None
+    gl = async_copy = fence_async_shared = mbarrier = tma = TensorDescriptor = None
     warpgroup_mma = warpgroup_mma_init = warpgroup_mma_wait = None
 
     def jit(function=None, **options):
@@ -48,6 +49,7 @@ __all__ = [
     "MISSING",
     "Described",
     "TensorDescriptor",
+    "async_copy",
     "describe",
     "fence_async_shared",
     "gl",

@@ -17,19 +17,21 @@ Three kinds of warps share a program, which owns one piece of one block's list:
 - Two **producer** warps walk the list and ask the copy engine (TMA) for rows, one for those of Q
   and one for those of dO.  The G heads of a query lie in one piece of memory: a box
   ``[1, 1, G, 64]`` of ``[B, M, HQ, D]``.  Boxes of several queries, side by side in shared memory,
-  are one tile ``[64, D]`` for the product.
+  are one tile ``[64, D]`` for the product.  Products want 8 rows swizzled together, so a group
+  below 8 fills no box: there the warp itself copies, asynchronously too, 16 bytes for each lane.
 - Two **consumer** warpgroups take steps in turn: one the even, one the odd.  Each has its own dK
   and dV of the block.  They share K and V, and otherwise never meet: while one is in its
   exponentials the other has the tensor cores.
-- A **storer** warp sends dQ away, query by query, as a consumer leaves it in shared memory.
+- A **storer** warp sends dQ away, query by query, as a consumer leaves it in shared memory: by
+  boxes again, or row by row.
 
 Only rows whose own block this is need the triangular mask.  The list is ascending, so they stand
 at its beginning; how many steps need it is counted once.  The first step may lack rows: the first
 query comes again in their place, and P is set to 0.
 
-Two consumers with their own sums make two partial sums of each piece: float32, added in order by
-``sums_kernel``.  Nothing is added atomically: the gradients are the same to the
-bit each time.
+At the end the consumers exchange halves through the ring, and each adds up one gradient of the
+piece.  ``sums_kernel`` adds the pieces in order, in float32.  Nothing is added atomically: the
+gradients are the same to the bit each time.
 
 Taught in chapter 13 (the kernels of sparse attention).
 """
@@ -44,6 +46,7 @@ import triton
 import triton.language as tl
 
 from labkit.flash.gluon import (
+    async_copy,
     describe,
     fence_async_shared,
     gl,
@@ -67,6 +70,7 @@ __all__ = ["backward", "supports", "why_not"]
 _kernel = jit(
     do_not_specialize=(
         "low", "heads", "chunks", "pieces", "each", "slots", "nq", "tiles", "cap", "own",
+        "stride_qb", "stride_qn", "stride_qh", "stride_gb", "stride_gn", "stride_gh",
     )
 )  # fmt: skip
 
@@ -115,12 +119,14 @@ def items_kernel(
     tl.store(items + x * 4 + 3, own, mask=x < total)
 
 
-@triton.jit(do_not_specialize=["low", "chunks", "heads", "each", "slots", "Nq", "offset"])
+@triton.jit(do_not_specialize=["low", "chunks", "heads", "each", "pitch", "slots", "Nq", "offset"])
 def lines_kernel(
-    lse, delta, order, lines, low, chunks, heads, each, slots, Nq, offset,
+    lse, delta, order, lines, low, chunks, heads, each, pitch, slots, Nq, offset,
     GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """LSE₂, the query's key and δ in the order of the list, ``lines [lists, 3, entries · G]``.
+    """LSE₂, the query's key and δ in the order of the list.
+
+    ``lines`` is ``[lists, 3, pitch]``, of each line entries · G numbers.
 
     The query's own key is a row of k; a float32 counts to 2²⁴.
     A query that saw no key has LSE = −∞ and gets +∞ here: its P = 2^(s − ∞) is 0.
@@ -139,10 +145,10 @@ def lines_kernel(
     row = row * (heads * GROUP) + bh % heads * GROUP + g
     one = tl.load(lse + row, used, float("-inf"))
     one = tl.where(one == float("-inf"), float("inf"), one * LOG2E)
-    to = lines + near * 3 * each * GROUP + x
+    to = lines + near * 3 * pitch + x
     tl.store(to, one, mask=there)
-    tl.store(to + each * GROUP, (query + offset).to(tl.float32), mask=there)
-    tl.store(to + 2 * each * GROUP, tl.load(delta + row, used, 0.0), mask=there)
+    tl.store(to + pitch, (query + offset).to(tl.float32), mask=there)
+    tl.store(to + 2 * pitch, tl.load(delta + row, used, 0.0), mask=there)
 
 
 # -- after: the shares of dQ -----------------------------------------------------------------------
@@ -180,7 +186,7 @@ def shares_kernel(
 
 @triton.jit
 def _sum_pieces(
-    parts, sums, out, at_out, near, begin, end, halves, row, j, there, stride, scale,
+    parts, sums, out, at_out, near, begin, end, pieces, row, j, there, stride, scale,
     D: tl.constexpr, TOGETHER: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, D)
@@ -191,7 +197,7 @@ def _sum_pieces(
         acc = tl.load(sums + kept, inside, 0.0)
     for piece in tl.range(begin, end, TOGETHER):
         n = piece + tl.arange(0, TOGETHER)
-        at = ((near * halves + n)[:, None] * 64 + j[None, :]) * D
+        at = ((near * pieces + n)[:, None] * 64 + j[None, :]) * D
         some = (n < end)[:, None, None] & inside[None, :, :]
         acc += tl.sum(tl.load(parts + at[:, :, None] + column[None, None, :], some, 0.0), 0)
     if AFTER:
@@ -201,11 +207,11 @@ def _sum_pieces(
         tl.store(out + to, (acc * scale).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["low", "chunks", "heads", "halves", "rows"])
+@triton.jit(do_not_specialize=["low", "chunks", "heads", "pieces", "rows"])
 def sums_kernel(
     dk_parts, dv_parts, dk_sums, dv_sums, dk, dv, first, cu, cu_blocks,
     stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    low, chunks, heads, halves, rows, Nk, scale,
+    low, chunks, heads, pieces, rows, Nk, scale,
     D: tl.constexpr, TALL: tl.constexpr, TOGETHER: tl.constexpr,
     VARLEN: tl.constexpr, HALVINGS: tl.constexpr, SEQUENCES: tl.constexpr,
     BEFORE: tl.constexpr, AFTER: tl.constexpr,
@@ -223,8 +229,8 @@ def sums_kernel(
     which = low + near
     bh = which // chunks
     batch, head = bh // heads, bh % heads
-    begin = 2 * tl.load(first + which * (rows + 1) + row)
-    end = 2 * tl.load(first + which * (rows + 1) + row + 1)
+    begin = tl.load(first + which * (rows + 1) + row)
+    end = tl.load(first + which * (rows + 1) + row + 1)
     block, start = row, tl.cast(0, tl.int64)
     if VARLEN:
         if row >= tl.load(cu_blocks + SEQUENCES):
@@ -238,11 +244,11 @@ def sums_kernel(
     token = start + block * 64
     if tl.program_id(1) == 0:
         at = batch * stride_kb + token * stride_kn + head * stride_kh
-        _sum_pieces(dk_parts, dk_sums, dk, at, near, begin, end, halves, row, j, there, stride_kn,
+        _sum_pieces(dk_parts, dk_sums, dk, at, near, begin, end, pieces, row, j, there, stride_kn,
                     scale, D, TOGETHER, BEFORE, AFTER)  # fmt: skip
     else:
         at = batch * stride_vb + token * stride_vn + head * stride_vh
-        _sum_pieces(dv_parts, dv_sums, dv, at, near, begin, end, halves, row, j, there, stride_vn,
+        _sum_pieces(dv_parts, dv_sums, dv, at, near, begin, end, pieces, row, j, there, stride_vn,
                     1.0, D, TOGETHER, BEFORE, AFTER)  # fmt: skip
 
 
@@ -278,12 +284,62 @@ def _boxes(tile, D: gl.constexpr, G: gl.constexpr):
 
 
 @jit
+def _atoms(tile, D: gl.constexpr):
+    """The atoms [8, 64] of the swizzle that a tile [64, D] consists of: the same bytes."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    return tile._reinterpret(tile.dtype, [8 * (D // 64), 8, 64], layout)
+
+
+@jit
+def _row_entries(order, e, lo, layout: gl.constexpr, G: gl.constexpr):
+    """The entry of each of 64 rows; the first one again for those before it."""
+    return gl.load(order + gl.maximum(e + gl.arange(0, 64, layout) // G, lo))
+
+
+@jit
+def _copy(rows, strides, chosen, slots, tile, flat: gl.constexpr, layout: gl.constexpr,
+          D: gl.constexpr, G: gl.constexpr):  # fmt: skip
+    """:func:`_gather` without the copy engine: 16 bytes for each lane of the warp at a time."""
+    # Strides come in units of 16 bytes: so the compiler knows that they are multiples of it.
+    of_query, of_head = strides
+    g = gl.arange(0, 64, flat) % G
+    at = (chosen // slots).to(gl.int64) * of_query + g.to(gl.int64) * of_head
+    at = gl.convert_layout(at, gl.SliceLayout(1, layout)) * 8
+    column = gl.arange(0, D, gl.SliceLayout(0, layout))
+    async_copy.async_copy_global_to_shared(tile, rows + at[:, None] + column[None, :])
+    async_copy.commit_group()
+
+
+@jit
+def _landed(full, LEFT: gl.constexpr, exists):
+    """Say that the rows of the last step but ``LEFT`` are there, if there was such a step.
+
+    These copies write as a thread does, and products read as the copy engine does (another proxy).
+    Every lane waits for its own copies and puts the fence between the two; one arrives for all.
+    """
+    async_copy.wait_group(LEFT)
+    fence_async_shared()
+    mbarrier.arrive(full, count=1, pred=exists)
+
+
+@jit
+def _load_block(k_desc, v_desc, at, full, k_smem, v_smem, D: gl.constexpr):
+    """K and V of the block: once for the piece."""
+    box: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
+    mbarrier.expect(full, 2 * 64 * D * 2)
+    into = k_smem._reinterpret(k_smem.dtype, [1, 64, 1, D], box)
+    tma.async_copy_global_to_shared(k_desc, at, full, into)
+    into = v_smem._reinterpret(v_smem.dtype, [1, 64, 1, D], box)
+    tma.async_copy_global_to_shared(v_desc, at, full, into)
+
+
+@jit
 def _produce(args, DOUT: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
     """Step after step 64 / G queries: rows of dO and δ for one warp, the rest for another."""
     smem, bars, descs, numbers = args
     k_smem, v_smem, q_smem, do_smem, lse_smem, at_smem, delta_smem = smem
     kv_full, q_full, do_full, q_empty, do_empty = bars
-    q_desc, do_desc, k_desc, v_desc, lines_desc = descs
+    q_desc, do_desc, k_desc, v_desc, lines_desc, _ = descs
     order, batch, head, near, lo, base, steps, key, slots = numbers
     N: gl.constexpr = 64 // G
     line = near * 3
@@ -305,13 +361,7 @@ def _produce(args, DOUT: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES:
             chosen = ahead
     else:
         if steps > 0:
-            box: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
-            mbarrier.expect(kv_full, 2 * 64 * D * 2)
-            at = [batch, key, head, 0]
-            into = k_smem._reinterpret(k_smem.dtype, [1, 64, 1, D], box)
-            tma.async_copy_global_to_shared(k_desc, at, kv_full, into)
-            into = v_smem._reinterpret(v_smem.dtype, [1, 64, 1, D], box)
-            tma.async_copy_global_to_shared(v_desc, at, kv_full, into)
+            _load_block(k_desc, v_desc, [batch, key, head, 0], kv_full, k_smem, v_smem, D)
         for n in range(steps):
             slot, parity = n % STAGES, (n // STAGES) & 1
             e = base + n * N
@@ -326,6 +376,74 @@ def _produce(args, DOUT: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES:
             boxes = _boxes(q_smem.index(slot), D, G)
             _gather(q_desc, batch, head, chosen, slots, full, boxes, D, G)
             chosen = ahead
+
+
+@jit
+def _produce_small(args, DOUT: gl.constexpr, D: gl.constexpr, G: gl.constexpr,
+                   STAGES: gl.constexpr):  # fmt: skip
+    """As :func:`_produce`, for groups below 8: their rows do not fill an atom of the swizzle."""
+    smem, bars, sources, numbers = args
+    k_smem, v_smem, q_smem, do_smem, lse_smem, at_smem, delta_smem = smem
+    kv_full, q_full, do_full, q_empty, do_empty = bars
+    q_rows, do_rows, k_desc, v_desc, lines_desc, strides = sources
+    order, batch, head, near, lo, base, steps, key, slots = numbers
+    N: gl.constexpr = 64 // G
+    # Entries are read and divided once for each row; then 8 lanes share a row.
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    line = near * 3
+    if DOUT:
+        rows, of, tiles, fulls, empties = do_rows, strides[1], do_smem, do_full, do_empty
+    else:
+        rows, of, tiles, fulls, empties = q_rows, strides[0], q_smem, q_full, q_empty
+        if steps > 0:
+            _load_block(k_desc, v_desc, [batch, key, head, 0], kv_full, k_smem, v_smem, D)
+    chosen = _row_entries(order, base, lo, flat, G)
+    for n in range(steps):
+        slot, parity = n % STAGES, (n // STAGES) & 1
+        e = base + n * N
+        mbarrier.wait(empties.index(slot), parity ^ 1)
+        full = fulls.index(slot)
+        if DOUT:
+            mbarrier.expect(full, 64 * 4)
+            at = [line + 2, e * G]
+            tma.async_copy_global_to_shared(lines_desc, at, full, delta_smem.index(slot))
+        else:
+            mbarrier.expect(full, 2 * 64 * 4)
+            at = [line, e * G]
+            tma.async_copy_global_to_shared(lines_desc, at, full, lse_smem.index(slot))
+            at = [line + 1, e * G]
+            tma.async_copy_global_to_shared(lines_desc, at, full, at_smem.index(slot))
+        _copy(rows, of, chosen, slots, tiles.index(slot), flat, layout, D, G)
+        chosen = _row_entries(order, gl.minimum(e + N, base + (steps - 1) * N), lo, flat, G)
+        # Rows of the step before have had the time of a step to arrive.
+        _landed(fulls.index((n + STAGES - 1) % STAGES), 1, n > 0)
+    _landed(fulls.index((steps + STAGES - 1) % STAGES), 0, steps > 0)
+
+
+@jit
+def _send_small(args, D: gl.constexpr, G: gl.constexpr):
+    """As :func:`_send`, for groups below 8: 16 bytes for each lane at a time."""
+    dq_smem, dq_full, dq_empty, shares, order, first, lo, base, steps = args
+    N: gl.constexpr = 64 // G
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    r = gl.arange(0, 8, gl.SliceLayout(1, layout))
+    column = gl.arange(0, 64, gl.SliceLayout(0, layout))
+    for n in range(steps):
+        e = base + n * N
+        who = n % 2
+        mbarrier.wait(dq_full.index(who), (n // 2) & 1)
+        atoms = _atoms(dq_smem.index(who), D)
+        for j in gl.static_range(8):
+            row = 8 * j + r
+            there = e + row // G >= lo
+            to = first + gl.load(order + e + row // G, mask=there, other=0)
+            to = (to.to(gl.int64) * G + row % G) * D
+            pointer = shares + to[:, None] + column[None, :]
+            for half in gl.static_range(D // 64):
+                share = atoms.index(half * 8 + j).load(layout)
+                gl.store(pointer + half * 64, share, mask=there[:, None])
+        mbarrier.arrive(dq_empty.index(who), count=1)
 
 
 @jit
@@ -379,7 +497,7 @@ def _walk(args, dk, dv, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr,
     """Every other step; ``FUSED``: with its share of dQ."""
     smem, bars, _, numbers = args
     k_tile, v_tile, q_smem, do_smem, lse_smem, at_smem, delta_smem, ds_smem, dq_smem = smem
-    _, q_full, do_full, q_empty, do_empty, dq_full, dq_empty = bars
+    _, q_full, do_full, q_empty, do_empty, dq_full, dq_empty, _ = bars
     lo, base, steps, masked, key, _, slope, scale = numbers
     N: gl.constexpr = 64 // G
     # A product of a warpgroup leaves 16 rows to each of its warps.
@@ -432,9 +550,24 @@ def _walk(args, dk, dv, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr,
 
 
 @jit
+def _joined(own, given, give, take, bars, WHO: gl.constexpr, D: gl.constexpr, S: gl.constexpr):
+    """``own`` and what the other consumer has of it, for ``given``; through the ring, now idle."""
+    done, there = bars
+    # Half a warp writes 8 numbers of each of 4 rows at a time: permuted, they lie side by side.
+    flat: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
+    mbarrier.arrive(done, count=1)
+    mbarrier.wait(done, 0)  # the other one may be at its last step
+    give._reinterpret(gl.float32, [S // 2, 64, D], flat).index(0).store(given)
+    mbarrier.arrive(there.index(WHO), count=1)
+    mbarrier.wait(there.index(1 - WHO), 0)
+    return own + take._reinterpret(gl.float32, [S // 2, 64, D], flat).index(0).load(own.type.layout)
+
+
+@jit
 def _consume(args, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
-    """dK and dV of the block, summed over every other step."""
-    _, bars, out, numbers = args
+    """dK and dV of the block over every other step; then one of the two over all."""
+    smem, bars, out, numbers = args
+    _, _, q_smem, do_smem, _, _, _, _, _ = smem
     dk_out, dv_out = out
     _, _, steps, _, _, split, _, _ = numbers
     grad: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -446,11 +579,13 @@ def _consume(args, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES: 
             dk, dv = _walk(args, dk, dv, WHO, D, G, STAGES, False)
         else:
             dk, dv = _walk(args, dk, dv, WHO, D, G, STAGES, True)
-        j = gl.arange(0, 64, gl.SliceLayout(1, grad)) + WHO * 64
+        j = gl.arange(0, 64, gl.SliceLayout(1, grad))
         column = gl.arange(0, D, gl.SliceLayout(0, grad))
         at = (j * D)[:, None] + column[None, :]
-        gl.store(dk_out + at, dk)
-        gl.store(dv_out + at, dv)
+        if WHO == 0:
+            gl.store(dk_out + at, _joined(dk, dv, do_smem, q_smem, bars[7], WHO, D, STAGES))
+        else:
+            gl.store(dv_out + at, _joined(dv, dk, q_smem, do_smem, bars[7], WHO, D, STAGES))
 
 
 # -- the program -----------------------------------------------------------------------------------
@@ -458,12 +593,17 @@ def _consume(args, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES: 
 
 @_kernel
 def dkdv_kernel(
-    q, dout, k, v, lines, dq, order, items, split, dk, dv, low,
-    heads, chunks, pieces, each, slots, slope, scale,
+    q, dout, k, v, lines, dq, order, items, split, dk, dv,
+    stride_qb, stride_qn, stride_qh, stride_gb, stride_gn, stride_gh,
+    low, heads, chunks, pieces, each, slots, slope, scale,
     D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One piece of one block's list: two partial sums of dK and dV; shares of dQ if not split."""
+    """One piece of one block's list: its sums for dK and dV; shares of dQ if not split.
+
+    ``q``, ``dout`` and ``dq`` are what the copy engine sees, and the tensors for groups below 8.
+    """
     N: gl.constexpr = 64 // G
+    SMALL: gl.constexpr = G < 8
     dtype: gl.constexpr = k.dtype
     # 128-byte rows, their 16-byte pieces permuted: what TMA writes and wgmma reads unconflicted.
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -484,7 +624,7 @@ def dkdv_kernel(
     base = hi - gl.maximum(steps, 1) * N  # the first step may lack rows
     masked = gl.cdiv(lo + own - base, N)
     order = order + which.to(gl.int64) * each
-    out = x.to(gl.int64) * (2 * 64 * D)
+    out = x.to(gl.int64) * (64 * D)
 
     k_smem = gl.allocate_shared_memory(dtype, [64, D], tile)
     v_smem = gl.allocate_shared_memory(dtype, [64, D], tile)
@@ -502,37 +642,48 @@ def dkdv_kernel(
     do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     dq_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    done = gl.allocate_shared_memory(gl.int64, [1], bar)
+    there = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     mbarrier.init(kv_full, count=1)
+    mbarrier.init(done, count=2)
     for i in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(do_full.index(i), count=1)
+        # The copy engine, and where the group is small the warp that copies.
+        mbarrier.init(q_full.index(i), count=2 if SMALL else 1)
+        mbarrier.init(do_full.index(i), count=2 if SMALL else 1)
         mbarrier.init(q_empty.index(i), count=1)
         mbarrier.init(do_empty.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(dq_full.index(i), count=1)
         mbarrier.init(dq_empty.index(i), count=1)
+        mbarrier.init(there.index(i), count=1)
     fence_async_shared()  # the copy engine must see the barriers before it completes them
 
+    if SMALL:
+        q += (batch.to(gl.int64) * stride_qb + (head * G).to(gl.int64) * stride_qh) * 8
+        dout += (batch.to(gl.int64) * stride_gb + (head * G).to(gl.int64) * stride_gh) * 8
+    strides = ((stride_qn, stride_qh), (stride_gn, stride_gh))
     loads = (
         (k_smem, v_smem, q_smem, do_smem, lse_smem, at_smem, delta_smem),
         (kv_full, q_full, do_full, q_empty, do_empty),
-        (q, dout, k, v, lines),
+        (q, dout, k, v, lines, strides),
         (order, batch, head, near, lo, base, steps, key, slots),
     )  # fmt: skip
     work = (
         (k_smem, v_smem, q_smem, do_smem, lse_smem, at_smem, delta_smem, ds_smem, dq_smem),
-        (kv_full, q_full, do_full, q_empty, do_empty, dq_full, dq_empty),
+        (kv_full, q_full, do_full, q_empty, do_empty, dq_full, dq_empty, (done, there)),
         (dk + out, dv + out), (lo, base, steps, masked, key, split, slope, scale),
     )  # fmt: skip
     # Entries count from the first query of the head; shares of dQ from that of the range.
     sends = (dq_smem, dq_full, dq_empty, dq, order, (near - which % chunks) * each, lo, base,
              gl.where(split != 0, 0, steps))  # fmt: skip
+    # With fewer than 240 registers the consumers' products would wait for each other.  The others
+    # keep some numbers on the stack, and have the time.
     gl.warp_specialize([
         (_consume, (work, 0, D, G, STAGES)),
         (_consume, (work, 1, D, G, STAGES)),
-        (_produce, (loads, False, D, G, STAGES)),
-        (_produce, (loads, True, D, G, STAGES)),
-        (_send, (sends, D, G)),
+        (_produce_small if SMALL else _produce, (loads, False, D, G, STAGES)),
+        (_produce_small if SMALL else _produce, (loads, True, D, G, STAGES)),
+        (_send_small if SMALL else _send, (sends, D, G)),
     ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
 
 
@@ -711,6 +862,8 @@ def dq_kernel(
 
 #: gathered rows of one piece: what one program has to do
 PIECE = 16384
+#: and entries, which matters to small groups: the last program should not be alone for long
+ENTRIES = 2048
 #: how dQ is made: "fused" or "split"; None: as the choice of the blocks suggests
 ROAD = None
 #: how often a row may be multiplied, for one time that is asked for, before the shares are better
@@ -718,13 +871,13 @@ AGREE = 2
 
 
 def _turn(block_indices, call: Call, n_k: int, group: int, d: int, workspace: int, piece: int):
-    """``by_keys.turn`` with two partial sums of dK and dV for each piece."""
+    """``by_keys.turn`` for these pieces."""
     b, m, h, s = block_indices.shape
-    size, rows = max(1, piece // group), lists.block_rows(call, n_k)
+    size, rows = max(1, min(ENTRIES, piece // group)), lists.block_rows(call, n_k)
 
     def needs(queries: int) -> int:
         shares = queries * s * group * (2 * d + 12)
-        return shares + (queries * s // size + rows) * 2 * 2 * 64 * d * 4
+        return shares + (queries * s // size + rows) * 2 * 64 * d * 4
 
     chunk = m
     while chunk > 64 and needs(chunk) > workspace:
@@ -732,10 +885,12 @@ def _turn(block_indices, call: Call, n_k: int, group: int, d: int, workspace: in
     order, starts, used = lists.by_slot(block_indices, call, n_k, chunk)
     owner, first = lists.parts(starts, size, chunk * s)
     chunks = starts.shape[2]
+    # As many groups as there must be, of about the same size: each ends with an idle card.
+    groups = 1 if chunks > 1 else -(-b * h // max(1, int(workspace // needs(chunk))))
     return Turned(
         order, starts, used, owner, first, lists=b * h * chunks, chunks=chunks, chunk=chunk,
         rows=rows, steps=1, keys=64, size=size, pieces=owner.shape[-1], each=chunk * s,
-        together=1 if chunks > 1 else max(1, min(b * h, int(workspace // needs(chunk)))),
+        together=1 if chunks > 1 else -(-b * h // groups),
     )  # fmt: skip
 
 
@@ -745,7 +900,7 @@ def _split(block_indices, turned: Turned, call: Call, n_k: int, group: int, road
     Along unions dQ costs two products more, and rows in vain: it pays when neighbours agree.
     """
     road = road or ROAD
-    if road == "fused" or call.cu is not None:
+    if road == "fused" or call.cu is not None or 128 // group > 32:  # members are bits of an int32
         return None, turned.starts.new_zeros(1)
     union = lists.unions(block_indices, 128 // group, call, n_k)
     if road == "split":
@@ -795,20 +950,28 @@ def backward(
             call.scale * LOG2E, call.scale, D=d, G=group, STAGES=STAGES, num_warps=4,
         )  # fmt: skip
     shares = new((turned.together * turned.each, group, d))
-    sums = turned.together * turned.pieces * 2 * 64
+    sums = turned.together * turned.pieces * 64
     dk_parts, dv_parts = new((2, sums, d), dtype=torch.float32)
     sums = turned.rows * 64 if turned.chunks > 1 else 0
     dk_sums, dv_sums = new((2, sums, d), dtype=torch.float32)
-    lines = new((turned.together * 3, turned.each * group), dtype=torch.float32)
+    # The copy engine wants lines that begin at multiples of 16 bytes.
+    pitch = -(-turned.each * group // 4) * 4
+    lines = new((turned.together * 3, pitch), dtype=torch.float32)
     items = new((turned.together * turned.pieces, 4), dtype=torch.int32)
-    box = [1, 1, group, 64]
-    described = (
-        describe(q, box), describe(dout, box), *keys, describe(lines, [1, 64], 32, 0),
-        describe(shares, [1, group, 64]),
-    )  # fmt: skip
+    lines_seen = describe(lines, [1, 64], 32, 0)
+    if group < 8:
+        described = q, dout, *keys, lines_seen, shares
+    else:
+        box = [1, 1, group, 64]
+        described = (
+            describe(q, box), describe(dout, box), *keys, lines_seen,
+            describe(shares, [1, group, 64]),
+        )  # fmt: skip
+    strides = [s // 8 for x in (q, dout) for s in x.stride()[:3]]
     shared = dict(VARLEN=call.cu is not None, HALVINGS=lists.steps_for(call),
                   SEQUENCES=call.sequences or 1)  # fmt: skip
     queries = max(1, 2048 // d)
+    tokens = 4 if group > 4 else 16  # lists of small groups are mostly one piece
     for low, number in turned.groups():
         total = number * turned.pieces
         items_kernel[(triton.cdiv(total, 16),)](
@@ -817,20 +980,20 @@ def backward(
             turned.size, turned.each, slots, total, BLOCK=64, **shared, ROWS=16,
         )  # fmt: skip
         lines_kernel[(triton.cdiv(turned.each * group, 1024), number)](
-            lse_rows, delta, turned.order, lines, low, turned.chunks, heads, turned.each, slots, m,
-            call.offset, GROUP=group, ROWS=1024,
+            lse_rows, delta, turned.order, lines, low, turned.chunks, heads, turned.each, pitch,
+            slots, m, call.offset, GROUP=group, ROWS=1024,
         )  # fmt: skip
         dkdv_kernel[(total,)](
-            *described, turned.order, items, split, dk_parts, dv_parts, low,
+            *described, turned.order, items, split, dk_parts, dv_parts, *strides, low,
             heads, turned.chunks, turned.pieces, turned.each, slots,
             call.scale * LOG2E, call.scale, D=d, G=group, STAGES=STAGES, num_warps=4,
         )  # fmt: skip
         range_ = low % turned.chunks
-        sums_kernel[(number * turned.rows * 16, 2)](
+        sums_kernel[(number * turned.rows * (64 // tokens), 2)](
             dk_parts, dv_parts, dk_sums, dv_sums, dk, dvalues, turned.first, call.cu,
             call.cu_blocks, *dk.stride()[:3], *dvalues.stride()[:3],
-            low, turned.chunks, heads, 2 * turned.pieces, turned.rows, call.max_k, call.scale,
-            D=d, TALL=4, TOGETHER=8, **shared,
+            low, turned.chunks, heads, turned.pieces, turned.rows, call.max_k, call.scale,
+            D=d, TALL=tokens, TOGETHER=32 // tokens, **shared,
             BEFORE=range_ > 0, AFTER=range_ < turned.chunks - 1, num_warps=4,
         )  # fmt: skip
         shares_kernel[(triton.cdiv(turned.chunk * group, queries), number)](
@@ -849,8 +1012,8 @@ def why_not(q, k, v, call: Call) -> str | None:
     """None if these kernels can run on such tensors, else the reason; never raises.
 
     They need a Hopper GPU, float16 or bfloat16, head_dim and head_dim_v equal and 64 or 128, blocks
-    of 64 keys, a group of 8, 16, 32 or 64 query heads per KV head, and tensors that the copy engine
-    can read: last dimension dense, other strides and the start multiples of 16 bytes.
+    of 64 keys, a group of 1, 2, 4, 8, 16, 32 or 64 query heads per KV head, and tensors that the
+    copy engine can read: last dimension dense, other strides and the start multiples of 16 bytes.
     """
     try:
         if why := off_hopper(q, k, v):
@@ -863,8 +1026,8 @@ def why_not(q, k, v, call: Call) -> str | None:
             return "more keys than a float32 counts"
         if call.block_size != 64:
             return "a block_size other than 64"
-        if q.shape[2] // k.shape[2] not in (8, 16, 32, 64):
-            return "a group of query heads that is not 8, 16, 32 or 64"
+        if q.shape[2] // k.shape[2] not in (1, 2, 4, 8, 16, 32, 64):
+            return "a group of query heads that is not 1, 2, 4, 8, 16, 32 or 64"
         return unreadable(q, k, v)
     except Exception as problem:
         return f"{type(problem).__name__}: {problem}"
