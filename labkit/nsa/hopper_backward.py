@@ -971,7 +971,7 @@ def backward(
     shared = dict(VARLEN=call.cu is not None, HALVINGS=lists.steps_for(call),
                   SEQUENCES=call.sequences or 1)  # fmt: skip
     queries = max(1, 2048 // d)
-    tokens = 4 if group > 4 else 16  # lists of small groups are mostly one piece
+    tokens, pieces = (16, 1) if group < 8 else (4, 8)  # a small group's list is mostly one piece
     for low, number in turned.groups():
         total = number * turned.pieces
         items_kernel[(triton.cdiv(total, 16),)](
@@ -993,7 +993,7 @@ def backward(
             dk_parts, dv_parts, dk_sums, dv_sums, dk, dvalues, turned.first, call.cu,
             call.cu_blocks, *dk.stride()[:3], *dvalues.stride()[:3],
             low, turned.chunks, heads, turned.pieces, turned.rows, call.max_k, call.scale,
-            D=d, TALL=tokens, TOGETHER=32 // tokens, **shared,
+            D=d, TALL=tokens, TOGETHER=pieces, **shared,
             BEFORE=range_ > 0, AFTER=range_ < turned.chunks - 1, num_warps=4,
         )  # fmt: skip
         shares_kernel[(triton.cdiv(turned.chunk * group, queries), number)](
