@@ -424,32 +424,38 @@ def _produce_small(args, DOUT: gl.constexpr, D: gl.constexpr, G: gl.constexpr,
 @jit
 def _send_small(args, D: gl.constexpr, G: gl.constexpr):
     """As :func:`_send`, for groups below 8: 16 bytes for each lane at a time."""
-    dq_smem, dq_full, dq_empty, shares, order, first, lo, base, steps = args
+    dq_smem, places, dq_full, dq_empty, shares, order, first, lo, base, steps = args
     N: gl.constexpr = 64 // G
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     r = gl.arange(0, 8, gl.SliceLayout(1, layout))
     column = gl.arange(0, 64, gl.SliceLayout(0, layout))
+    chosen = _row_entries(order, base, lo, flat, G)
     for n in range(steps):
         e = base + n * N
         who = n % 2
+        # Rows before the list go nowhere.  An entry that waits in shared memory can be read ahead
+        # of the store before it; one in global memory could be what that store writes.
+        place = gl.where(e + gl.arange(0, 64, flat) // G >= lo, first + chosen, -1)
+        places._reinterpret(gl.int32, [64], line).store(place)
+        chosen = _row_entries(order, gl.minimum(e + N, base + (steps - 1) * N), lo, flat, G)
         mbarrier.wait(dq_full.index(who), (n // 2) & 1)
         atoms = _atoms(dq_smem.index(who), D)
         for j in gl.static_range(8):
-            row = 8 * j + r
-            there = e + row // G >= lo
-            to = first + gl.load(order + e + row // G, mask=there, other=0)
-            to = (to.to(gl.int64) * G + row % G) * D
+            place = places.index(j).load(gl.SliceLayout(1, layout))
+            to = (place.to(gl.int64) * G + (8 * j + r) % G) * D
             pointer = shares + to[:, None] + column[None, :]
             for half in gl.static_range(D // 64):
                 share = atoms.index(half * 8 + j).load(layout)
-                gl.store(pointer + half * 64, share, mask=there[:, None])
+                gl.store(pointer + half * 64, share, mask=(place >= 0)[:, None])
         mbarrier.arrive(dq_empty.index(who), count=1)
 
 
 @jit
 def _send(args, D: gl.constexpr, G: gl.constexpr):
     """dQ of each step to its places (query, slot)."""
-    dq_smem, dq_full, dq_empty, dq_desc, order, first, lo, base, steps = args
+    dq_smem, _, dq_full, dq_empty, dq_desc, order, first, lo, base, steps = args
     N: gl.constexpr = 64 // G
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=3)
     chosen = _entries(order, base, lo, N)
@@ -635,6 +641,8 @@ def dkdv_kernel(
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 64], line)
     at_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 64], line)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 64], line)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    places = gl.allocate_shared_memory(gl.int32, [8, 8], flat)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], bar)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -674,8 +682,8 @@ def dkdv_kernel(
         (dk + out, dv + out), (lo, base, steps, masked, key, split, slope, scale),
     )  # fmt: skip
     # Entries count from the first query of the head; shares of dQ from that of the range.
-    sends = (dq_smem, dq_full, dq_empty, dq, order, (near - which % chunks) * each, lo, base,
-             gl.where(split != 0, 0, steps))  # fmt: skip
+    sends = (dq_smem, places, dq_full, dq_empty, dq, order, (near - which % chunks) * each, lo,
+             base, gl.where(split != 0, 0, steps))  # fmt: skip
     # With fewer than 240 registers the consumers' products would wait for each other.  The others
     # keep some numbers on the stack, and have the time.
     gl.warp_specialize([
