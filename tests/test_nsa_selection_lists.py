@@ -73,8 +73,16 @@ def test_union_holds_each_chosen_block_once_and_names_who_chose_it(case, tile, d
             assert x == len(counts[b][h])
 
 
-@pytest.mark.parametrize(("queries", "groups"), [(64, 3), (16, 2), (32, 4)])
-@pytest.mark.parametrize("case", CASES, ids=str)
+#: more than 32 blocks, which need several words; more than 256, which need several passes over them
+MANY = [
+    Case(257, block=5, slots=3, pattern="messy"), Case(70, 530, block=1, slots=6, pattern="messy"),
+    Case(160, slots=40, block=4, pattern="all"),
+    Case(365, lengths=(5, 0, 290, 70), slots=5, block=1, pattern="messy"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("queries", "groups"), [(64, 3), (16, 2), (32, 4), (64, 4)])
+@pytest.mark.parametrize("case", CASES + MANY, ids=str)
 def test_union_by_group_names_who_chose_a_block_in_words_of_each_group(
     case, queries, groups, device
 ):
@@ -164,12 +172,14 @@ def test_lists_never_wait_for_the_host():
     case = Case(4096, heads=4, slots=16, block=64)
     chosen, call = choose(case, "cuda"), call_of(case, "cuda")
     lists.unions(chosen, 16, call, case.m), lists.by_block(chosen, call, case.m)
+    lists.unions_by_group(chosen, 64, 3, call)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         union = lists.unions(chosen, 16, call, case.m)
+        wide = lists.unions_by_group(chosen, 64, 3, call)
         order, starts = lists.by_block(chosen, call, case.m)
         lists.parts(starts, 64, case.m * case.slots)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert int(union[2].max()) > 0 and int(order.max()) == case.m - 1
+    assert int(union[2].max()) > 0 and int(wide[2].max()) > 0 and int(order.max()) == case.m - 1

@@ -5,6 +5,8 @@ Each query names the blocks it reads.  A kernel wants one of two other views of 
 :func:`unions`
     the blocks that any of a few neighbouring queries chose, and which of them did.  A program that
     owns these queries brings each block in once for all of them.
+:func:`unions_by_group`
+    the same for more queries than a word has bits, with words for each group of them.
 :func:`by_block`
     for each block the queries that chose it, in order.  A program that owns a block gathers their
     rows.  A block may be everybody's choice (the first one is), so its list is cut into parts of
@@ -12,8 +14,8 @@ Each query names the blocks it reads.  A kernel wants one of two other views of 
 
 A choice counts when its block exists and does not begin after the query's own position; −1, a
 block that is out of range, and a block that the query already named do not.  Everything is made
-on the device by sorting, without atomics and without waiting for the host: the lists are the
-same each time, and what is made from them in their order is too.
+on the device, by sorting or by going through all blocks, without atomics and without waiting for
+the host: the lists are the same each time, and what is made from them in their order is too.
 
 Taught in chapter 13 (the kernels of sparse attention).
 """

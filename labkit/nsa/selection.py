@@ -21,6 +21,11 @@ by keys (``by_keys.py``)
 by hand (``hopper.py``)
     the union road in Gluon: more queries to a program, one warp that loads for all of them.
 
+By hand is first where Hopper and the tensors allow it.  A group of fewer than 8 heads needs many
+queries for a tile, whose union may be all blocks: it goes by hand up to ``_BLOCKS_PER_SLOT`` blocks
+for each slot, and by keys beyond that, or by queries where these are few.  Larger groups go by
+queries where they cannot go by hand.
+
 The mask is one comparison per score: a row's limit is its own position inside the block, or −1 if
 its query did not choose the block.
 
