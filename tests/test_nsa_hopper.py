@@ -64,9 +64,11 @@ WANTED += [(128, 0, 16, 64, True, 0), (128, 0, 8, 128, False, 0)]
 WANTED += [(128, 0, 16, 64, False, 1), (128, 0, 16, 64, False, 2)]
 #: tiles of more than 32 queries
 WANTED += [(128, 0, 1, 64, False, 0), (128, 0, 4, 64, True, 0), (128, 0, 2, 64, False, 2)]
-WANTED += [(64, 0, 1, 64, False, 0)]
-#: bytes of a thread that may wait in memory: what the sum needs, once, after the last block
-SPILLS = {0: 0, 1: 32, 2: 96}
+WANTED += [(64, 0, 1, 64, False, 0), (128, 0, 4, 64, False, 1)]
+#: bytes of a thread that may wait in memory, by branches to add: what the sum needs
+SPILLS = {0: 0, 1: 32, 2: 64}
+#: the same for a small group, whose words need more addresses
+SMALL_SPILLS = {0: 0, 1: 64, 2: 96}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,8 @@ def test_every_configuration_fits_the_card(compiled):
         config = hopper.CONFIGS[name[0]][name[1]]
         groups, registers, loader = hopper._GROUPS[config.by_hand]
         assert shared <= 227 * 1024, name
-        assert int(numbers["STACK"]) + int(numbers["LOCAL"]) <= SPILLS[name[5]], f"{name}: spills"
+        spills = (SPILLS if name[2] >= 8 else SMALL_SPILLS)[name[5]]
+        assert int(numbers["STACK"]) + int(numbers["LOCAL"]) <= spills, f"{name}: spills"
         # what every warp starts with; the groups then divide the multiprocessor among themselves
         assert int(numbers["REG"]) * 128 * (groups + 1) <= 65536, name
         assert 128 * (groups * registers + loader) <= 65536, name
@@ -158,6 +161,22 @@ def test_a_tile_has_a_bit_for_each_of_its_queries():
             config = hopper.config_for(q, q[:, :, :1], CALL)
             assert hopper.tile_of(group, config) * group == config.block_m
             assert hopper.tile_of(group, config) <= 32 or group < 8
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 8, 16, 32, 64])
+def test_a_union_has_as_many_words_as_the_kernel_reads(device, group):
+    for d in hopper.CONFIGS:
+        q = torch.zeros(1, 70, group, d, device=device, dtype=torch.bfloat16)
+        k, call = q[:, :, :1], replace(CALL, max_q=70, max_k=70)
+        config = hopper.config_for(q, k, call)
+        chosen = torch.zeros(1, 70, 1, 2, dtype=torch.int32, device=device)
+        plan = hopper._Plan(q, k, k, q, call, 2, config, 0)
+        words = max(1, plan.launch.constants["WORDS"])
+        blocks, members, counts = hopper.unions(chosen, group, config, call, 70)
+        assert counts.tolist() == [[[1] * -(-70 // plan.tile)]]
+        assert members.numel() == blocks.numel() * words
+        found = members[:, :, :, 0].flatten().tolist()  # everybody chose block 0
+        assert sum((x % 2**32).bit_count() for x in found) == 70
 
 
 @pytest.mark.parametrize(("blocks", "road"), [(9 * 16, "hopper"), (9 * 16 + 1, "keys")])
