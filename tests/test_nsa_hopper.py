@@ -160,7 +160,12 @@ def test_a_tile_has_a_bit_for_each_of_its_queries():
             q = torch.zeros(1, 1, group, d)
             config = hopper.config_for(q, q[:, :, :1], CALL)
             assert hopper.tile_of(group, config) * group == config.block_m
-            assert hopper.tile_of(group, config) <= 32 or group < 8
+            assert hopper.tile_of(group, config) <= 32 or group < 4
+            q = q.expand(1, 1024, group, d)
+            config = hopper.config_for(q, q[:, :, :1], CALL)
+            assert (hopper.tile_of(group, config) > 32) == (group < 8) == bool(
+                hopper._words(group, config)
+            )
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 8, 16, 32, 64])
@@ -187,6 +192,9 @@ def test_a_small_group_goes_along_unions_where_there_are_few_blocks(monkeypatch,
     call = replace(CALL, max_q=1024, max_k=64 * blocks)
     assert selection._choose(q, k, k, 16, call) == road
     assert selection._choose(q, k[:, :, :1], k[:, :, :1], 16, call) == road
+    few = q[:, :1000]  # what they would share, a tile would mostly not have
+    assert selection._choose(few, k, k, 16, call) == "queries"
+    assert selection._choose(few, k[:, :, :1], k[:, :, :1], 16, call) == "hopper"
     q = q.repeat(1, 1, 2, 1)  # groups of 8
     assert selection._choose(q, k[:, :, :1], k[:, :, :1], 16, call) == "hopper"
 
@@ -211,13 +219,13 @@ def test_what_can_be_added():
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
-def _whole(kind: str, n: int, off: str | None, gates: str):
-    """q, k, v in ``kind`` and gates, one of which may be off."""
+def _whole(kind: str, n: int, off: str | None, gates: str, kv: int):
+    """q, k, v in ``kind`` and gates, one of which may be off; 32 heads over ``kv``."""
     from labkit.dtypes import torch_dtype
 
     dtype = torch_dtype(kind)
     torch.manual_seed(n)
-    q, k, v = (torch.randn(2, n, h, 128, device="cuda", dtype=dtype) for h in (32, 2, 2))
+    q, k, v = (torch.randn(2, n, h, 128, device="cuda", dtype=dtype) for h in (32, kv, kv))
     g = {name: torch.rand(2, n, 32, 2, device="cuda")[..., 0] for name in ("cmp", "slc", "swa")}
     g = {name: x.to(dtype if gates == "same" or (gates == "mixed" and name == "slc") else x.dtype)
          for name, x in g.items()}  # fmt: skip
@@ -232,6 +240,7 @@ SMALL = [
         (1, 128, 64, "bfloat16", "random"), (63, 64, 64, "float16", "messy"),
         (192, 128, 64, "bfloat16", "random"), (500, 64, 64, "bfloat16", "messy"),
         (500, 128, 128, "float16", "random"), (1025, 128, 64, "bfloat16", "random"),
+        (1100, 64, 128, "float16", "messy"),
         (300, 128, 64, "bfloat16", "nothing"), (400, 64, 128, "float16", "all"),
     )
 ]  # fmt: skip
@@ -239,8 +248,12 @@ SMALL += [
     Case(500, group=group, d=128, block=64, slots=4, dtype="bfloat16", batch=2, n=900)
     for group in (1, 2, 4)
 ]
+SMALL += [  # more blocks than words, and than are made at a time
+    Case(m, group=group, d=128, block=64, slots=4, dtype="bfloat16", pattern="messy", n=20_000)
+    for m in (300, 1030) for group in (1, 2, 4)
+]  # fmt: skip
 SMALL += [
-    Case(700, group=group, d=d, block=64, slots=4, dtype="bfloat16", lengths=(5, 0, 431, 64, 200))
+    Case(1300, group=group, d=d, block=64, slots=4, dtype="bfloat16", lengths=(5, 0, 1031, 64, 200))
     for group in (1, 2, 4) for d in (64, 128)
 ]  # fmt: skip
 
@@ -268,17 +281,19 @@ def test_small_groups_give_equal_bits_each_time(group):
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(
-    ("kind", "n", "off", "gates"),
-    [("bfloat16", 1, None, "same"), ("bfloat16", 65, None, "float32"),
-     ("float16", 500, None, "same"),
-     ("bfloat16", 1500, None, "mixed"), ("bfloat16", 500, "cmp", "same"),
-     ("float16", 300, "swa", "float32"), ("bfloat16", 4097, None, "same")],
+    ("kind", "n", "off", "gates", "kv"),
+    [("bfloat16", 1, None, "same", 2), ("bfloat16", 65, None, "float32", 2),
+     ("float16", 500, None, "same", 2),
+     ("bfloat16", 1500, None, "mixed", 2), ("bfloat16", 500, "cmp", "same", 2),
+     ("float16", 300, "swa", "float32", 2), ("bfloat16", 4097, None, "same", 2),
+     ("bfloat16", 1500, None, "same", 8), ("float16", 1100, "cmp", "same", 16),
+     ("bfloat16", 4097, None, "float32", 32)],
 )  # fmt: skip
-def test_the_sum_is_that_of_the_branches_but_for_rounding(monkeypatch, kind, n, off, gates):
+def test_the_sum_is_that_of_the_branches_but_for_rounding(monkeypatch, kind, n, off, gates, kv):
     """In one kernel and in four: the same branches, whose roundings are all that differs."""
     from labkit.nsa import nsa_func, ops
 
-    q, k, v, g = _whole(kind, n, off, gates)
+    q, k, v, g = _whole(kind, n, off, gates, kv)
     used, add = [], ops.add_selected
     monkeypatch.setattr(ops, "add_selected", lambda *a: used.append(add(*a)) or used[-1])
     with torch.no_grad():

@@ -24,9 +24,9 @@ compute, rings of slots with a *full* and an *empty* barrier between them.  What
 - **Whether a block is read is decided per warpgroup.**  One that none of its queries chose is
   given back as soon as it has landed.  A tile of at most 32 queries has one word for each block,
   with a bit for each query.  A group of fewer than 8 heads makes more queries to a tile: then each
-  warpgroup has ``WORDS`` of its own, and the number of the block carries a bit for each warpgroup
-  (``lists.unions_by_group``).  The groups are independent: they drift apart by as many
-  blocks as the ring holds, and the products of one run beside the softmax of another.
+  warpgroup has words of its own (``WORDS`` for all), and the number of the block carries a bit for
+  each warpgroup (``lists.unions_by_group``).  The groups are independent: they drift apart by as
+  many blocks as the ring holds, and the products of one run beside the softmax of another.
 - **Whether it counts is decided per row.**  A row of a query that did not choose the block keeps
   its m; with +∞ in place of c m its P is 0.  That costs two instructions per row; a mask over the
   scores would cost one per score.
@@ -72,7 +72,8 @@ _kernel = jit(
 )  # fmt: skip
 
 #: by head_dim: rows of a tile, keys of a slot, warps of a group, slots of the ring.  The first
-#: whose tile has at most 32 queries serves, one bit each; with a word for each group the first.
+#: whose tile has at most 32 queries serves, one bit each; for small groups and many queries the
+#: first.
 CONFIGS = {
     64: [Config(256, 64, 4, 6, True, "four"), Config(128, 64, 4, 6, True, "two")],
     128: [Config(192, 64, 4, 5, True, "three"), Config(128, 64, 4, 5, True, "two")],
@@ -425,7 +426,7 @@ class _Plan:
              q.shape[:3].numel(), o.stride(1), o.stride(2)),
             dict(QUERIES=queries, GROUPS=groups, STAGES=config.num_stages, D=d,
                  BLOCK=call.block_size, BLOCK_N=config.block_n, VARLEN=varlen, MORE=more,
-                 WORDS=0 if share >= _ONE_WORD_FROM else groups * triton.cdiv(queries, 32),
+                 WORDS=_words(share, config),
                  REGISTERS=registers, LOADER_REGISTERS=loader_registers),
             config,
         )  # fmt: skip
@@ -439,8 +440,8 @@ class _Plan:
         self.launch(*described, *outs, lse, gates, *union, cu)
 
 
-#: smaller groups of heads have unions with a word for each group of warps
-_ONE_WORD_FROM = 8
+#: from so many queries on, smaller groups than this take the largest tile
+_MANY, _SMALL = 1024, 8
 
 
 def tile_of(share: int, config: Config) -> int:
@@ -448,18 +449,25 @@ def tile_of(share: int, config: Config) -> int:
     return config.block_m // share
 
 
+def _words(share: int, config: Config) -> int:
+    """Words of ``members`` for a block; 0: one for all warpgroups, a bit for each query."""
+    if tile_of(share, config) <= 32:
+        return 0
+    return _GROUPS[config.by_hand][0] * triton.cdiv(64 // share, 32)
+
+
 def config_for(q: torch.Tensor, k: torch.Tensor, call: Call) -> Config | None:
     """The configuration for such tensors; None if there is none."""
-    share = q.shape[2] // k.shape[2]
-    for config in CONFIGS.get(q.shape[3], []):
-        if share < _ONE_WORD_FROM or tile_of(share, config) <= 32:
-            return config
-    return None
+    share, known = q.shape[2] // k.shape[2], CONFIGS.get(q.shape[3], [])
+    one_word = [config for config in known if not _words(share, config)]
+    if share < _SMALL and known and (q.shape[1] >= _MANY or not one_word):
+        return known[0]
+    return one_word[0] if one_word else None
 
 
 def unions(block_indices, share: int, config: Config, call: Call, n_k: int):
     """What the queries of each program chose, as :func:`forward` wants it."""
-    if share < _ONE_WORD_FROM:
+    if _words(share, config):
         groups = _GROUPS[config.by_hand][0]
         return lists.unions_by_group(block_indices, 64 // share, groups, call)
     return lists.unions(block_indices, tile_of(share, config), call, n_k)

@@ -119,14 +119,12 @@ def items_kernel(
     tl.store(items + x * 4 + 3, own, mask=x < total)
 
 
-@triton.jit(do_not_specialize=["low", "chunks", "heads", "each", "pitch", "slots", "Nq", "offset"])
+@triton.jit(do_not_specialize=["low", "chunks", "heads", "each", "slots", "Nq", "offset"])
 def lines_kernel(
-    lse, delta, order, lines, low, chunks, heads, each, pitch, slots, Nq, offset,
+    lse, delta, order, lines, low, chunks, heads, each, slots, Nq, offset,
     GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """LSE₂, the query's key and δ in the order of the list.
-
-    ``lines`` is ``[lists, 3, pitch]``, of each line entries · G numbers.
+    """LSE₂, the query's key and δ in the order of the list, ``lines [lists, 3, entries · G]``.
 
     The query's own key is a row of k; a float32 counts to 2²⁴.
     A query that saw no key has LSE = −∞ and gets +∞ here: its P = 2^(s − ∞) is 0.
@@ -145,10 +143,10 @@ def lines_kernel(
     row = row * (heads * GROUP) + bh % heads * GROUP + g
     one = tl.load(lse + row, used, float("-inf"))
     one = tl.where(one == float("-inf"), float("inf"), one * LOG2E)
-    to = lines + near * 3 * pitch + x
+    to = lines + near * 3 * each * GROUP + x
     tl.store(to, one, mask=there)
-    tl.store(to + pitch, (query + offset).to(tl.float32), mask=there)
-    tl.store(to + 2 * pitch, tl.load(delta + row, used, 0.0), mask=there)
+    tl.store(to + each * GROUP, (query + offset).to(tl.float32), mask=there)
+    tl.store(to + 2 * each * GROUP, tl.load(delta + row, used, 0.0), mask=there)
 
 
 # -- after: the shares of dQ -----------------------------------------------------------------------
@@ -311,6 +309,19 @@ def _copy(rows, strides, chosen, slots, tile, flat: gl.constexpr, layout: gl.con
 
 
 @jit
+def _copy_line(lines, at, lo, smem, slot, flat: gl.constexpr, G: gl.constexpr):
+    """A number for each of 64 rows, ``at`` numbers after the line's beginning; rows before the list
+    get that of its first one.
+
+    Not by the copy engine: a box begins at multiples of 16 bytes, and these lists end anywhere.
+    """
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    into = smem.index(slot)._reinterpret(gl.float32, [64], line)
+    row = gl.maximum(at + gl.arange(0, 64, flat), lo * G)
+    async_copy.async_copy_global_to_shared(into, lines + row)
+
+
+@jit
 def _landed(full, LEFT: gl.constexpr, exists):
     """Say that the rows of the last step but ``LEFT`` are there, if there was such a step.
 
@@ -385,13 +396,14 @@ def _produce_small(args, DOUT: gl.constexpr, D: gl.constexpr, G: gl.constexpr,
     smem, bars, sources, numbers = args
     k_smem, v_smem, q_smem, do_smem, lse_smem, at_smem, delta_smem = smem
     kv_full, q_full, do_full, q_empty, do_empty = bars
-    q_rows, do_rows, k_desc, v_desc, lines_desc, strides = sources
+    q_rows, do_rows, k_desc, v_desc, lines, strides = sources
     order, batch, head, near, lo, base, steps, key, slots = numbers
     N: gl.constexpr = 64 // G
     # Entries are read and divided once for each row; then 8 lanes share a row.
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    line = near * 3
+    lines, pitch = lines
+    lines += near.to(gl.int64) * 3 * pitch
     if DOUT:
         rows, of, tiles, fulls, empties = do_rows, strides[1], do_smem, do_full, do_empty
     else:
@@ -403,17 +415,11 @@ def _produce_small(args, DOUT: gl.constexpr, D: gl.constexpr, G: gl.constexpr,
         slot, parity = n % STAGES, (n // STAGES) & 1
         e = base + n * N
         mbarrier.wait(empties.index(slot), parity ^ 1)
-        full = fulls.index(slot)
         if DOUT:
-            mbarrier.expect(full, 64 * 4)
-            at = [line + 2, e * G]
-            tma.async_copy_global_to_shared(lines_desc, at, full, delta_smem.index(slot))
+            _copy_line(lines + 2 * pitch, e * G, lo, delta_smem, slot, flat, G)
         else:
-            mbarrier.expect(full, 2 * 64 * 4)
-            at = [line, e * G]
-            tma.async_copy_global_to_shared(lines_desc, at, full, lse_smem.index(slot))
-            at = [line + 1, e * G]
-            tma.async_copy_global_to_shared(lines_desc, at, full, at_smem.index(slot))
+            _copy_line(lines, e * G, lo, lse_smem, slot, flat, G)
+            _copy_line(lines + pitch, e * G, lo, at_smem, slot, flat, G)
         _copy(rows, of, chosen, slots, tiles.index(slot), flat, layout, D, G)
         chosen = _row_entries(order, gl.minimum(e + N, base + (steps - 1) * N), lo, flat, G)
         # Rows of the step before have had the time of a step to arrive.
@@ -655,9 +661,9 @@ def dkdv_kernel(
     mbarrier.init(kv_full, count=1)
     mbarrier.init(done, count=2)
     for i in gl.static_range(STAGES):
-        # The copy engine, and where the group is small the warp that copies.
-        mbarrier.init(q_full.index(i), count=2 if SMALL else 1)
-        mbarrier.init(do_full.index(i), count=2 if SMALL else 1)
+        # The copy engine or, where the group is small, the warp that copies.
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(do_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
         mbarrier.init(do_empty.index(i), count=1)
     for i in gl.static_range(2):
@@ -673,7 +679,7 @@ def dkdv_kernel(
     loads = (
         (k_smem, v_smem, q_smem, do_smem, lse_smem, at_smem, delta_smem),
         (kv_full, q_full, do_full, q_empty, do_empty),
-        (q, dout, k, v, lines, strides),
+        (q, dout, k, v, (lines, each * G) if SMALL else lines, strides),
         (order, batch, head, near, lo, base, steps, key, slots),
     )  # fmt: skip
     work = (
@@ -962,17 +968,14 @@ def backward(
     dk_parts, dv_parts = new((2, sums, d), dtype=torch.float32)
     sums = turned.rows * 64 if turned.chunks > 1 else 0
     dk_sums, dv_sums = new((2, sums, d), dtype=torch.float32)
-    # The copy engine wants lines that begin at multiples of 16 bytes.
-    pitch = -(-turned.each * group // 4) * 4
-    lines = new((turned.together * 3, pitch), dtype=torch.float32)
+    lines = new((turned.together * 3, turned.each * group), dtype=torch.float32)
     items = new((turned.together * turned.pieces, 4), dtype=torch.int32)
-    lines_seen = describe(lines, [1, 64], 32, 0)
     if group < 8:
-        described = q, dout, *keys, lines_seen, shares
+        described = q, dout, *keys, lines, shares
     else:
         box = [1, 1, group, 64]
         described = (
-            describe(q, box), describe(dout, box), *keys, lines_seen,
+            describe(q, box), describe(dout, box), *keys, describe(lines, [1, 64], 32, 0),
             describe(shares, [1, group, 64]),
         )  # fmt: skip
     strides = [s // 8 for x in (q, dout) for s in x.stride()[:3]]
@@ -988,8 +991,8 @@ def backward(
             turned.size, turned.each, slots, total, BLOCK=64, **shared, ROWS=16,
         )  # fmt: skip
         lines_kernel[(triton.cdiv(turned.each * group, 1024), number)](
-            lse_rows, delta, turned.order, lines, low, turned.chunks, heads, turned.each, pitch,
-            slots, m, call.offset, GROUP=group, ROWS=1024,
+            lse_rows, delta, turned.order, lines, low, turned.chunks, heads, turned.each, slots, m,
+            call.offset, GROUP=group, ROWS=1024,
         )  # fmt: skip
         dkdv_kernel[(total,)](
             *described, turned.order, items, split, dk_parts, dv_parts, *strides, low,

@@ -250,7 +250,9 @@ def unions_by_group_kernel(
     near, c = tl.arange(0, TOGETHER), tl.arange(0, 32)
     count = 0
     to = x.to(tl.int64) * cap
-    for n in range(0, tl.cdiv(cap, 32), TOGETHER):
+    # No query sees a block after that of the tile's last query.
+    seen = (tl.minimum((tile + 1) * (GROUPS * QUERIES), end) - 1 + own) // BLOCK + 1
+    for n in range(0, tl.cdiv(tl.minimum(seen, cap), 32), TOGETHER):
         # A slot of neighbouring queries is far apart in memory: it is read once for all words.
         bits = tl.zeros([ROWS, TOGETHER], tl.int32)
         for slot in range(slots):
@@ -280,8 +282,9 @@ def unions_by_group(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What any of ``groups · queries`` neighbouring queries chose, with words for each group.
 
-    For tiles with more than 32 queries.  Nothing is sorted: a program goes through all blocks of
-    the sequence, and that is worth it where there are not many.
+    For tiles with more than 32 queries.  Nothing is sorted: a program goes through all blocks that
+    its queries see, and has room for as many.  Time and memory grow with the square of seq_len
+    (4 · (words + 1) bytes for each tile and block), so this is for sequences of few blocks.
 
     Parameters
     ----------

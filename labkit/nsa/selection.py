@@ -426,9 +426,12 @@ def forward_sum(
 
 def _choose(q, k, v, slots: int, call: Call) -> str:
     """The road for these tensors, by their shapes only: whether neighbours share is not known."""
-    small = q.shape[2] // k.shape[2] < _BY_QUERIES_FROM
-    if card(q)[0] == 90 and not (small and call.blocks > _BLOCKS_PER_SLOT * slots):
+    group, few = q.shape[2] // k.shape[2], q.shape[1] < _FEW
+    small = group < _BY_QUERIES_FROM
+    # Few queries of a small group would leave a tile by hand empty, and parts need many.
+    loses = group < 4 if few else call.blocks > _BLOCKS_PER_SLOT * slots
+    if card(q)[0] == 90 and not (small and loses):
         module = hopper("hopper")
         if module is not None and module.supports(q, k, v, call):
             return "hopper"
-    return "keys" if small and q.shape[1] >= _FEW else "queries"
+    return "keys" if small and not few else "queries"
