@@ -248,7 +248,7 @@ SMALL += [
     Case(500, group=group, d=128, block=64, slots=4, dtype="bfloat16", batch=2, n=900)
     for group in (1, 2, 4)
 ]
-SMALL += [  # more blocks than words, and than are made at a time
+SMALL += [  # many more blocks than fit into a word
     Case(m, group=group, d=128, block=64, slots=4, dtype="bfloat16", pattern="messy", n=20_000)
     for m in (300, 1030) for group in (1, 2, 4)
 ]  # fmt: skip

@@ -168,7 +168,10 @@ def test_gradients_in_parts_and_along_unions(group, options):
 @pytest.mark.gpu
 @pytest.mark.parametrize("group", GROUPS)
 def test_any_strides_of_sixteen_bytes_will_do(group):
-    """Heads before positions, room after a row: the same numbers, so the same bits."""
+    """Heads before positions, room after a row: the same numbers, but for the last bit of δ.
+
+    Its sum over a row is compiled for the strides, and added up in another order.
+    """
     case = Case(500, group=group, heads=2, batch=2, d=64, block=64, slots=6, dtype="bfloat16")
     skip_off_hopper(case)
     q, k, v, dout, dlse, chosen = make(case, "cuda")
@@ -187,7 +190,8 @@ def test_any_strides_of_sixteen_bytes_will_do(group):
         ours = hopper_backward.backward(
             change(dout), dlse, *map(change, (q, k, v, o)), lse, chosen, call
         )
-        assert all(map(torch.equal, ours, wanted))
+        for got, want in zip(ours, wanted, strict=True):
+            assert (got.double() - want.double()).norm() <= 2**-9 * want.double().norm()
 
 
 @pytest.mark.gpu

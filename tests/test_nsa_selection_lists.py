@@ -73,7 +73,7 @@ def test_union_holds_each_chosen_block_once_and_names_who_chose_it(case, tile, d
             assert x == len(counts[b][h])
 
 
-#: more than 32 blocks, which need several words; more than 256, which need several passes over them
+#: more than 32 blocks, which need several words; more than 256
 MANY = [
     Case(257, block=5, slots=3, pattern="messy"), Case(70, 530, block=1, slots=6, pattern="messy"),
     Case(160, slots=40, block=4, pattern="all"),

@@ -219,16 +219,21 @@ def unions(
 
 
 @triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
 def unions_by_group_kernel(
     chosen, blocks, members, counts, cu,
     stride_cb, stride_cm, stride_ch, stride_cs,
     heads, Nq, offset, per_sequence, slots, cap,
     BLOCK: tl.constexpr, QUERIES: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-    TOGETHER: tl.constexpr, VARLEN: tl.constexpr,
+    SLOTS: tl.constexpr, VARLEN: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """The union of ``GROUPS`` times ``QUERIES`` queries.
+    """The union of ``GROUPS`` times ``QUERIES`` queries, 32 blocks at a time.
 
-    Each query makes a bit for each of 32 · ``TOGETHER`` blocks, then each block one for each query.
+    Each query makes a bit for each block, then each block a bit for each query.
     """
     BITS: tl.constexpr = min(QUERIES, 32)
     WORDS: tl.constexpr = QUERIES // BITS  # of a group
@@ -247,33 +252,39 @@ def unions_by_group_kernel(
     at = batch * stride_cb + (start + i) * stride_cm + head * stride_ch
     last = (i + own) // BLOCK
     group, word = tl.arange(0, ROWS // QUERIES), tl.arange(0, ROWS // BITS)
-    near, c = tl.arange(0, TOGETHER), tl.arange(0, 32)
+    c = tl.arange(0, 32)
     count = 0
     to = x.to(tl.int64) * cap
     # No query sees a block after that of the tile's last query.
     seen = (tl.minimum((tile + 1) * (GROUPS * QUERIES), end) - 1 + own) // BLOCK + 1
-    for n in range(0, tl.cdiv(tl.minimum(seen, cap), 32), TOGETHER):
-        # A slot of neighbouring queries is far apart in memory: it is read once for all words.
-        bits = tl.zeros([ROWS, TOGETHER], tl.int32)
-        for slot in range(slots):
-            block = tl.load(chosen + at + slot * stride_cs, there, -1).to(tl.int32)
-            block = tl.where(block <= last, block, -1)  # which is in no word
-            here = (block >> 5)[:, None] == (n + near)[None, :]
-            bits |= tl.where(here, (1 << (block & 31))[:, None], 0)
-        for m in tl.static_range(TOGETHER):
-            bit = tl.sum(tl.where((near == m)[None, :], bits, 0), 1)
-            bit = ((bit[:, None] >> c[None, :]) & 1) << (row % BITS)[:, None]
-            # Of each query another bit: their sum is what all of them chose.
-            member = tl.sum(tl.reshape(bit, [ROWS // BITS, BITS, 32]), 1)
-            has = tl.max(tl.reshape((member != 0).to(tl.int32), [ROWS // QUERIES, WORDS, 32]), 1)
-            who = tl.sum(has << group[:, None], 0)
-            some = (who != 0).to(tl.int32)
-            place = to + count + tl.cumsum(some, 0) - 1
-            tl.store(blocks + place, (who << 24) | ((n + m) * 32 + c), mask=who != 0)
-            at_word = place[None, :] * (GROUPS * WORDS) + word[:, None]
-            inside = (who != 0)[None, :] & (word < GROUPS * WORDS)[:, None]
-            tl.store(members + at_word, member, mask=inside)
-            count += tl.sum(some, 0)
+    for n in range(tl.cdiv(tl.minimum(seen, cap), 32)):
+        bits = tl.zeros([ROWS], tl.int32)
+        if INTERPRETED:  # which walks a reduction of one's own one element at a time
+            for slot in range(slots):
+                block = tl.load(chosen + at + slot * stride_cs, there, -1).to(tl.int32)
+                here = (block >> 5 == n) & (block <= last)
+                bits |= tl.where(here, 1 << (block & 31), 0)
+        else:
+            # The slots of a query lie together, those of its neighbour are far away.
+            for first in range(0, slots, SLOTS):
+                slot = first + tl.arange(0, SLOTS)
+                inside = there[:, None] & (slot < slots)[None, :]
+                block = tl.load(chosen + at[:, None] + (slot * stride_cs)[None, :], inside, -1)
+                block = block.to(tl.int32)
+                here = (block >> 5 == n) & (block <= last[:, None])
+                bits |= tl.reduce(tl.where(here, 1 << (block & 31), 0), 1, _either)
+        bit = ((bits[:, None] >> c[None, :]) & 1) << (row % BITS)[:, None]
+        # Of each query another bit: their sum is what all of them chose.
+        member = tl.sum(tl.reshape(bit, [ROWS // BITS, BITS, 32]), 1)
+        has = tl.max(tl.reshape((member != 0).to(tl.int32), [ROWS // QUERIES, WORDS, 32]), 1)
+        who = tl.sum(has << group[:, None], 0)
+        some = (who != 0).to(tl.int32)
+        place = to + count + tl.cumsum(some, 0) - 1
+        tl.store(blocks + place, (who << 24) | (n * 32 + c), mask=who != 0)
+        at_word = place[None, :] * (GROUPS * WORDS) + word[:, None]
+        inside = (who != 0)[None, :] & (word < GROUPS * WORDS)[:, None]
+        tl.store(members + at_word, member, mask=inside)
+        count += tl.sum(some, 0)
     tl.store(counts + x, count)
 
 
@@ -320,8 +331,8 @@ def unions_by_group(
             (*block_indices.stride(), h, call.max_q, call.offset, tiles, s, cap),
             dict(BLOCK=call.block_size, QUERIES=queries, GROUPS=groups,
                  ROWS=queries * triton.next_power_of_2(groups),
-                 TOGETHER=min(8, triton.next_power_of_2(triton.cdiv(cap, 32))),
-                 VARLEN=call.cu is not None),
+                 SLOTS=min(16, triton.next_power_of_2(s)), VARLEN=call.cu is not None,
+                 INTERPRETED=backend() == "interpreter"),
             Config(queries * groups, 0, 4, 1),
         )  # fmt: skip
         if len(_launchers) > 2000:  # shapes that never come back
