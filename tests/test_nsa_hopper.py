@@ -163,8 +163,10 @@ def test_a_tile_has_a_bit_for_each_of_its_queries():
             assert hopper.tile_of(group, config) <= 32 or group < 4
             q = q.expand(1, 1024, group, d)
             config = hopper.config_for(q, q[:, :, :1], CALL)
-            assert (hopper.tile_of(group, config) > 32) == (group < 8) == bool(
-                hopper._words(group, config)
+            assert (
+                (hopper.tile_of(group, config) > 32)
+                == (group < 8)
+                == bool(hopper._words(group, config))
             )
 
 

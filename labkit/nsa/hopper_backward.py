@@ -422,8 +422,9 @@ def _produce_small(args, DOUT: gl.constexpr, D: gl.constexpr, G: gl.constexpr,
             _copy_line(lines + pitch, e * G, lo, at_smem, slot, flat, G)
         _copy(rows, of, chosen, slots, tiles.index(slot), flat, layout, D, G)
         chosen = _row_entries(order, gl.minimum(e + N, base + (steps - 1) * N), lo, flat, G)
-        # Rows of the step before have had the time of a step to arrive.
-        _landed(fulls.index((n + STAGES - 1) % STAGES), 1, n > 0)
+        # Rows of the step before the last have had the time of two steps to arrive.
+        _landed(fulls.index((n + STAGES - 2) % STAGES), 2, n > 1)
+    _landed(fulls.index((steps + STAGES - 2) % STAGES), 1, steps > 1)
     _landed(fulls.index((steps + STAGES - 1) % STAGES), 0, steps > 0)
 
 

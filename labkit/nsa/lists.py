@@ -374,9 +374,7 @@ def keys_kernel(
         first = tl.load(cu_blocks + sequence).to(tl.int32)
     fine = inside & (block >= 0) & (block <= (position // BLOCK)[:, None])
     for other in range(slots):  # named before, in a slot further to the left
-        named = tl.load(chosen + (bh // heads * stride_cb + bh % heads * stride_ch
-                                  + i.to(tl.int64) * stride_cm) + other * stride_cs,
-                        there, -1).to(tl.int32)  # fmt: skip
+        named = tl.sum(tl.where((slot == other)[None, :], block, 0), 1)
         fine &= (slot <= other)[None, :] | (block != named[:, None])
     list_ = (x // chunk).to(tl.int64)
     key = list_[:, None] * (rows + 1) + tl.where(fine, block + first[:, None], rows)
