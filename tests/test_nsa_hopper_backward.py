@@ -32,20 +32,22 @@ CALL = Call(scale=0.1, max_q=300, max_k=300)
 # -- what the kernels compute, in PyTorch ----------------------------------------------------------
 
 
-def gathered(grid, q, dout, k, v, lines, shares, order, items, split, dk, dv, *numbers, D, G,
-             **_):  # fmt: skip
+def gathered(grid, q, dout, k, v, lines, shares, order, items, split, dk_parts, dv_parts, dk, dv,
+             *numbers, D, G, **_):  # fmt: skip
     """``dkdv_kernel``: the same steps with the same numbers."""
-    *strides, low, heads, chunks, pieces, each, slots, slope, scale = numbers
+    *strides, low, heads, chunks, pieces, each, slots, n_k, slope, scale = numbers
     # The copy engine sees what is described; the rows of small groups are read and written alone.
-    assert all(isinstance(x, torch.Tensor) == (G < 8) for x in (q, dout, shares))
-    q, dout, shares = (x if G < 8 else x.base for x in (q, dout, shares))
-    k, v, lines = (x.base for x in (k, v, lines))
+    assert all(isinstance(x, torch.Tensor) == (G < 8) for x in (q, dout, lines, shares))
+    q, dout, lines, shares = (x if G < 8 else x.base for x in (q, dout, lines, shares))
+    k, v = (x.base for x in (k, v))
     assert strides == [s // 8 for x in (q, dout) for s in x.stride()[:3]]
-    assert lines.stride(0) % 4 == 0
+    assert G < 8 or lines.stride(0) % 4 == 0
+    assert dk.is_contiguous() and dv.is_contiguous()
     n = 64 // G
-    order, dk, dv = order.flatten(), dk.view(-1, 64, D), dv.view(-1, 64, D)
+    order, dk_parts, dv_parts = order.flatten(), *(x.view(-1, 64, D) for x in (dk_parts, dv_parts))
     for x in range(grid[0]):
         near, (lo, hi, key, own) = x // pieces, items[x].tolist()
+        alone, own = own >> 16, own & 0xFFFF
         which = low + near
         batch, head = divmod(which // chunks, heads)
         steps = -(-max(hi - lo, 0) // n)
@@ -65,6 +67,8 @@ def gathered(grid, q, dout, k, v, lines, shares, order, items, split, dk, dv, *n
                 torch.cat([t[batch, c // slots, group] for c in chosen]).float() for t in (q, dout)
             )
             columns = e * G + torch.arange(64)
+            if G < 8:  # not the copy engine, which gives zeros beyond the edge
+                columns = columns.clamp(lo * G)
             three = lines[near * 3 : near * 3 + 3, columns.clamp(0, lines.shape[1] - 1)]
             lse, at, delta = torch.where((columns >= 0) & (columns < lines.shape[1]), three, 0.0)
             p = torch.exp2(tiles[0] @ rows.T * slope - lse)
@@ -79,8 +83,12 @@ def gathered(grid, q, dout, k, v, lines, shares, order, items, split, dk, dv, *n
                 for j in range(n):
                     if e + j >= lo:
                         shares[(near - which % chunks) * each + chosen[j]] = share[j]
-        if steps:
-            dk[x], dv[x] = sums.sum(1)
+        if steps and alone:
+            rows = slice(key, min(key + 64, n_k))
+            for out, total in ((dk, sums[0].sum(0) * scale), (dv, sums[1].sum(0))):
+                out[batch, rows, head] = total[: rows.stop - key].to(out.dtype)
+        elif steps:
+            dk_parts[x], dv_parts[x] = sums.sum(1)
 
 
 def along_unions(grid, q, dout, k, v, dq, lse, delta, blocks, members, counts, split,

@@ -69,7 +69,7 @@ __all__ = ["backward", "supports", "why_not"]
 # One compilation for all sizes: nothing here gets faster by knowing that one of them is 1.
 _kernel = jit(
     do_not_specialize=(
-        "low", "heads", "chunks", "pieces", "each", "slots", "nq", "tiles", "cap", "own",
+        "low", "heads", "chunks", "pieces", "each", "slots", "Nk", "nq", "tiles", "cap", "own",
         "stride_qb", "stride_qn", "stride_qh", "stride_gb", "stride_gn", "stride_gh",
     )
 )  # fmt: skip
@@ -96,7 +96,8 @@ def items_kernel(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """``items [pieces, 4]``: entries lo … hi, row of the block's first key, and how many entries at
-    the beginning are queries of that very block, which do not see all of it.
+    the beginning are queries of that very block, which do not see all of it; 2¹⁶ more if the piece
+    is all that there is of the block's list.
 
     What :func:`labkit.nsa.by_keys.find_piece` finds, looked up once for all the warps.
     """
@@ -113,6 +114,10 @@ def items_kernel(
     query = tl.load(order + at, there, 0) // slots
     last = block * BLOCK + (BLOCK - 1) - own  # the first query to see all of the block
     own = tl.sum((there & (query < last[:, None])).to(tl.int32), 1)
+    if not VARLEN:  # where a row of the table is a block, and all of it has room in dK
+        table = first + which * (rows + 1) + block
+        alone = exists & (tl.load(table + 1, exists, 0) - tl.load(table, exists, 0) == 1)
+        own += (alone & (chunks == 1)).to(tl.int32) << 16
     tl.store(items + x * 4, lo, mask=x < total)
     tl.store(items + x * 4 + 1, hi, mask=x < total)
     tl.store(items + x * 4 + 2, (start + block * BLOCK).to(tl.int32), mask=x < total)
@@ -218,7 +223,7 @@ def sums_kernel(
 
     ``TOGETHER`` at a time, always the same ones in the same way: everybody's block has many, and
     one after the other they would be waited for.  ``BEFORE``, ``AFTER``: see
-    ``selection_backward.sum_kernel``.
+    ``selection_backward.sum_kernel``.  A piece that is alone has no partial sum.
     """
     SLICES: tl.constexpr = 64 // TALL
     x = tl.program_id(0)
@@ -229,6 +234,9 @@ def sums_kernel(
     batch, head = bh // heads, bh % heads
     begin = tl.load(first + which * (rows + 1) + row)
     end = tl.load(first + which * (rows + 1) + row + 1)
+    if not (VARLEN or BEFORE or AFTER):  # noqa: SIM102 — the first is known when it is compiled
+        if end - begin == 1:
+            return
     block, start = row, tl.cast(0, tl.int64)
     if VARLEN:
         if row >= tl.load(cu_blocks + SEQUENCES):
@@ -422,9 +430,8 @@ def _produce_small(args, DOUT: gl.constexpr, D: gl.constexpr, G: gl.constexpr,
             _copy_line(lines + pitch, e * G, lo, at_smem, slot, flat, G)
         _copy(rows, of, chosen, slots, tiles.index(slot), flat, layout, D, G)
         chosen = _row_entries(order, gl.minimum(e + N, base + (steps - 1) * N), lo, flat, G)
-        # Rows of the step before the last have had the time of two steps to arrive.
-        _landed(fulls.index((n + STAGES - 2) % STAGES), 2, n > 1)
-    _landed(fulls.index((steps + STAGES - 2) % STAGES), 1, steps > 1)
+        # Rows of the step before have had the time of a step to arrive.
+        _landed(fulls.index((n + STAGES - 1) % STAGES), 1, n > 0)
     _landed(fulls.index((steps + STAGES - 1) % STAGES), 0, steps > 0)
 
 
@@ -581,24 +588,36 @@ def _consume(args, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES: 
     """dK and dV of the block over every other step; then one of the two over all."""
     smem, bars, out, numbers = args
     _, _, q_smem, do_smem, _, _, _, _, _ = smem
-    dk_out, dv_out = out
-    _, _, steps, _, _, split, _, _ = numbers
+    dk_parts, dv_parts, dk, dv, alone, at, left, step = out
+    _, _, steps, _, _, split, _, scale = numbers
     grad: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     if steps > 0:
-        dk = gl.zeros([64, D], gl.float32, grad)
-        dv = gl.zeros([64, D], gl.float32, grad)
+        dk_sum = gl.zeros([64, D], gl.float32, grad)
+        dv_sum = gl.zeros([64, D], gl.float32, grad)
         mbarrier.wait(bars[0], 0)
         if split != 0:
-            dk, dv = _walk(args, dk, dv, WHO, D, G, STAGES, False)
+            dk_sum, dv_sum = _walk(args, dk_sum, dv_sum, WHO, D, G, STAGES, False)
         else:
-            dk, dv = _walk(args, dk, dv, WHO, D, G, STAGES, True)
-        j = gl.arange(0, 64, gl.SliceLayout(1, grad))
-        column = gl.arange(0, D, gl.SliceLayout(0, grad))
-        at = (j * D)[:, None] + column[None, :]
+            dk_sum, dv_sum = _walk(args, dk_sum, dv_sum, WHO, D, G, STAGES, True)
         if WHO == 0:
-            gl.store(dk_out + at, _joined(dk, dv, do_smem, q_smem, bars[7], WHO, D, STAGES))
+            total = _joined(dk_sum, dv_sum, do_smem, q_smem, bars[7], WHO, D, STAGES)
+            _write(total, scale, dk_parts, dk, alone, at, left, step, D)
         else:
-            gl.store(dv_out + at, _joined(dv, dk, q_smem, do_smem, bars[7], WHO, D, STAGES))
+            total = _joined(dv_sum, dk_sum, q_smem, do_smem, bars[7], WHO, D, STAGES)
+            _write(total, 1.0, dv_parts, dv, alone, at, left, step, D)
+
+
+@jit
+def _write(total, scale, parts, out, alone, at, left, step, D: gl.constexpr):
+    """The piece's part of a gradient; the gradient itself if the block has no other piece."""
+    grad: gl.constexpr = total.type.layout
+    j = gl.arange(0, 64, gl.SliceLayout(1, grad))
+    column = gl.arange(0, D, gl.SliceLayout(0, grad))
+    if alone != 0:
+        to = out + at + (j * step)[:, None] + column[None, :]
+        gl.store(to, (total * scale).to(out.dtype.element_ty), mask=(j < left)[:, None])
+    else:
+        gl.store(parts + (j * D)[:, None] + column[None, :], total)
 
 
 # -- the program -----------------------------------------------------------------------------------
@@ -606,9 +625,9 @@ def _consume(args, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES: 
 
 @_kernel
 def dkdv_kernel(
-    q, dout, k, v, lines, dq, order, items, split, dk, dv,
+    q, dout, k, v, lines, dq, order, items, split, dk_parts, dv_parts, dk, dv,
     stride_qb, stride_qn, stride_qh, stride_gb, stride_gn, stride_gh,
-    low, heads, chunks, pieces, each, slots, slope, scale,
+    low, heads, chunks, pieces, each, slots, Nk, slope, scale,
     D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One piece of one block's list: its sums for dK and dV; shares of dQ if not split.
@@ -632,12 +651,14 @@ def dkdv_kernel(
     hi = gl.load(items + x * 4 + 1)
     key = gl.load(items + x * 4 + 2)
     own = gl.load(items + x * 4 + 3)  # queries of its block, at the beginning of the list
+    alone, own = own >> 16, own & 0xFFFF
     split = gl.load(split)
     steps = gl.cdiv(gl.maximum(hi - lo, 0), N)
     base = hi - gl.maximum(steps, 1) * N  # the first step may lack rows
     masked = gl.cdiv(lo + own - base, N)
     order = order + which.to(gl.int64) * each
     out = x.to(gl.int64) * (64 * D)
+    at = ((batch.to(gl.int64) * Nk + key) * heads + head) * D  # of dK and dV, which are contiguous
 
     k_smem = gl.allocate_shared_memory(dtype, [64, D], tile)
     v_smem = gl.allocate_shared_memory(dtype, [64, D], tile)
@@ -686,7 +707,8 @@ def dkdv_kernel(
     work = (
         (k_smem, v_smem, q_smem, do_smem, lse_smem, at_smem, delta_smem, ds_smem, dq_smem),
         (kv_full, q_full, do_full, q_empty, do_empty, dq_full, dq_empty, (done, there)),
-        (dk + out, dv + out), (lo, base, steps, masked, key, split, slope, scale),
+        (dk_parts + out, dv_parts + out, dk, dv, alone, at, Nk - key, heads * D),
+        (lo, base, steps, masked, key, split, slope, scale),
     )  # fmt: skip
     # Entries count from the first query of the head; shares of dQ from that of the range.
     sends = (dq_smem, places, dq_full, dq_empty, dq, order, (near - which % chunks) * each, lo,
@@ -996,8 +1018,8 @@ def backward(
             call.offset, GROUP=group, ROWS=1024,
         )  # fmt: skip
         dkdv_kernel[(total,)](
-            *described, turned.order, items, split, dk_parts, dv_parts, *strides, low,
-            heads, turned.chunks, turned.pieces, turned.each, slots,
+            *described, turned.order, items, split, dk_parts, dv_parts, dk, dvalues, *strides, low,
+            heads, turned.chunks, turned.pieces, turned.each, slots, call.max_k,
             call.scale * LOG2E, call.scale, D=d, G=group, STAGES=STAGES, num_warps=4,
         )  # fmt: skip
         range_ = low % turned.chunks
