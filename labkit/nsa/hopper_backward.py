@@ -303,16 +303,25 @@ def _row_entries(order, e, lo, layout: gl.constexpr, G: gl.constexpr):
 
 
 @jit
-def _copy(rows, strides, chosen, slots, tile, flat: gl.constexpr, layout: gl.constexpr,
+def _copy(rows, strides, chosen, slots, asked, tile, flat: gl.constexpr, layout: gl.constexpr,
           D: gl.constexpr, G: gl.constexpr):  # fmt: skip
-    """:func:`_gather` without the copy engine: 16 bytes for each lane of the warp at a time."""
+    """:func:`_gather` without the copy engine: 16 bytes for each lane of the warp at a time.
+
+    The queries wait in shared memory: 16 addresses at once are more than a lane has registers for.
+    """
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    asked._reinterpret(gl.int32, [64], line).store(chosen // slots)
     # Strides come in units of 16 bytes: so the compiler knows that they are multiples of it.
     of_query, of_head = strides
-    g = gl.arange(0, 64, flat) % G
-    at = (chosen // slots).to(gl.int64) * of_query + g.to(gl.int64) * of_head
-    at = gl.convert_layout(at, gl.SliceLayout(1, layout)) * 8
-    column = gl.arange(0, D, gl.SliceLayout(0, layout))
-    async_copy.async_copy_global_to_shared(tile, rows + at[:, None] + column[None, :])
+    r = gl.arange(0, 8, gl.SliceLayout(1, layout))
+    column = gl.arange(0, 64, gl.SliceLayout(0, layout))
+    atoms = _atoms(tile, D)
+    for j in gl.static_range(8):
+        query = asked.index(j).load(gl.SliceLayout(1, layout))
+        at = query.to(gl.int64) * of_query + ((8 * j + r) % G).to(gl.int64) * of_head
+        pointer = rows + (at * 8)[:, None] + column[None, :]
+        for half in gl.static_range(D // 64):
+            async_copy.async_copy_global_to_shared(atoms.index(half * 8 + j), pointer + half * 64)
     async_copy.commit_group()
 
 
@@ -358,7 +367,7 @@ def _produce(args, DOUT: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES:
     smem, bars, descs, numbers = args
     k_smem, v_smem, q_smem, do_smem, lse_smem, at_smem, delta_smem = smem
     kv_full, q_full, do_full, q_empty, do_empty = bars
-    q_desc, do_desc, k_desc, v_desc, lines_desc, _ = descs
+    q_desc, do_desc, k_desc, v_desc, lines_desc, _, _ = descs
     order, batch, head, near, lo, base, steps, key, slots = numbers
     N: gl.constexpr = 64 // G
     line = near * 3
@@ -404,7 +413,7 @@ def _produce_small(args, DOUT: gl.constexpr, D: gl.constexpr, G: gl.constexpr,
     smem, bars, sources, numbers = args
     k_smem, v_smem, q_smem, do_smem, lse_smem, at_smem, delta_smem = smem
     kv_full, q_full, do_full, q_empty, do_empty = bars
-    q_rows, do_rows, k_desc, v_desc, lines, strides = sources
+    q_rows, do_rows, k_desc, v_desc, lines, strides, asked = sources
     order, batch, head, near, lo, base, steps, key, slots = numbers
     N: gl.constexpr = 64 // G
     # Entries are read and divided once for each row; then 8 lanes share a row.
@@ -428,7 +437,7 @@ def _produce_small(args, DOUT: gl.constexpr, D: gl.constexpr, G: gl.constexpr,
         else:
             _copy_line(lines, e * G, lo, lse_smem, slot, flat, G)
             _copy_line(lines + pitch, e * G, lo, at_smem, slot, flat, G)
-        _copy(rows, of, chosen, slots, tiles.index(slot), flat, layout, D, G)
+        _copy(rows, of, chosen, slots, asked[DOUT], tiles.index(slot), flat, layout, D, G)
         chosen = _row_entries(order, gl.minimum(e + N, base + (steps - 1) * N), lo, flat, G)
         # Rows of the step before have had the time of a step to arrive.
         _landed(fulls.index((n + STAGES - 1) % STAGES), 1, n > 0)
@@ -671,6 +680,8 @@ def dkdv_kernel(
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 64], line)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     places = gl.allocate_shared_memory(gl.int32, [8, 8], flat)
+    asked_q = gl.allocate_shared_memory(gl.int32, [8, 8], flat)
+    asked_do = gl.allocate_shared_memory(gl.int32, [8, 8], flat)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], bar)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -701,7 +712,8 @@ def dkdv_kernel(
     loads = (
         (k_smem, v_smem, q_smem, do_smem, lse_smem, at_smem, delta_smem),
         (kv_full, q_full, do_full, q_empty, do_empty),
-        (q, dout, k, v, (lines, each * G) if SMALL else lines, strides),
+        (q, dout, k, v, (lines, each * G) if SMALL else lines, strides,
+         (asked_q, asked_do)),
         (order, batch, head, near, lo, base, steps, key, slots),
     )  # fmt: skip
     work = (
