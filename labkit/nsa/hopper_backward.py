@@ -658,6 +658,8 @@ def dkdv_kernel(
     head = bh % heads
     lo = gl.load(items + x * 4)
     hi = gl.load(items + x * 4 + 1)
+    if lo >= hi:
+        return
     key = gl.load(items + x * 4 + 2)
     own = gl.load(items + x * 4 + 3)  # queries of its block, at the beginning of the list
     alone, own = own >> 16, own & 0xFFFF
