@@ -146,12 +146,12 @@ def lines_kernel(
     query = tl.maximum(chosen, 0) // slots
     row = bh // heads * Nq + query.to(tl.int64)
     row = row * (heads * GROUP) + bh % heads * GROUP + g
-    one = tl.load(lse + row, used, float("-inf"))
+    one = tl.load(lse + row * 2, used, float("-inf"))
     one = tl.where(one == float("-inf"), float("inf"), one * LOG2E)
     to = lines + near * 3 * each * GROUP + x
     tl.store(to, one, mask=there)
     tl.store(to + each * GROUP, (query + offset).to(tl.float32), mask=there)
-    tl.store(to + 2 * each * GROUP, tl.load(delta + row, used, 0.0), mask=there)
+    tl.store(to + 2 * each * GROUP, tl.load(delta + row * 2, used, 0.0), mask=there)
 
 
 # -- after: the shares of dQ -----------------------------------------------------------------------
@@ -777,7 +777,7 @@ def _dq_consume(args, WHO: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGE
         # A query that saw no key, and a row past the end: LSE₂ = +∞ makes their P 0.
         row = gl.arange(0, 64, gl.SliceLayout(1, tile))
         query = i + row // G
-        at = (query.to(gl.int64) * heads + head) * G + row % G
+        at = ((query.to(gl.int64) * heads + head) * G + row % G) * 2
         lse = gl.load(lse_rows + at, mask=query < nq, other=float("-inf"))
         lse = gl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
         delta = gl.load(delta_rows + at, mask=query < nq, other=0.0)[:, None]
@@ -879,7 +879,7 @@ def dq_kernel(
     steps = gl.where(gl.load(split) != 0, gl.maximum(gl.load(counts + union), 1), 0)
     blocks = blocks + union * cap
     members = members + union * cap
-    rows = batch.to(gl.int64) * nq * heads * G
+    rows = batch.to(gl.int64) * nq * heads * (2 * G)
 
     q_smem = gl.allocate_shared_memory(dtype, [2, 64, D], tile)
     do_smem = gl.allocate_shared_memory(dtype, [2, 64, D], tile)
@@ -980,13 +980,14 @@ def backward(
         dout = dout.contiguous()
     new = q.new_empty
     dq, dk, dvalues = new(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    delta, lse_rows = new((2, b, m, hq), dtype=torch.float32)
+    # Side by side: who gathers one of them has the other in the same 32 bytes.
+    lse_rows, delta = new((b, m, hq, 2), dtype=torch.float32).unbind(-1)
     extra = lse if dlse is None else dlse
     tall = 4096 // d
     stock.rows_kernel[(triton.cdiv(b * m * hq, tall),)](
         o, dout, lse, extra, delta, lse_rows, *o.stride()[:3], *dout.stride(), *lse.stride(),
         *extra.stride(), hq, m, b * m * hq,
-        DV=d, BLOCK_DV=d, ROWS=tall, HAS_DLSE=dlse is not None, num_warps=4,
+        DV=d, BLOCK_DV=d, ROWS=tall, HAS_DLSE=dlse is not None, STEP=2, num_warps=4,
     )  # fmt: skip
 
     turned = _turn(block_indices, call, n, group, d, workspace, piece)
@@ -1019,7 +1020,7 @@ def backward(
     shared = dict(VARLEN=call.cu is not None, HALVINGS=lists.steps_for(call),
                   SEQUENCES=call.sequences or 1)  # fmt: skip
     queries = max(1, 2048 // d)
-    tokens, pieces = (16, 1) if group < 8 else (4, 8)  # a small group's list is mostly one piece
+    tokens, pieces = (64, 1) if group < 8 else (4, 8)  # a small group's list is mostly one piece
     for low, number in turned.groups():
         total = number * turned.pieces
         items_kernel[(triton.cdiv(total, 16),)](

@@ -60,8 +60,9 @@ def rows_kernel(
     stride_lb, stride_lh, stride_ln, stride_eb, stride_eh, stride_en,
     heads, Nq, total,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, HAS_DLSE: tl.constexpr,
+    STEP: tl.constexpr = 1,
 ):  # fmt: skip
-    r"""δ = rowsum(dO ∘ O) − dLSE and LSE, both ``[B, M, HQ]`` float32.
+    r"""δ = rowsum(dO ∘ O) − dLSE and LSE, both ``[B, M, HQ]`` float32, ``STEP`` numbers apart.
 
     In this order the heads of a group lie together, as their rows of Q and dO do: the kernel that
     gathers reads all of a query's in one piece.
@@ -83,8 +84,8 @@ def rows_kernel(
         # A row that saw nothing has no scores; whatever arrives at its LSE of −∞ stops here.
         saw = lse_row != float("-inf")
         out -= tl.where(saw, tl.load(dlse + at, there, 0.0), 0.0)
-    tl.store(delta + row, out, mask=there)
-    tl.store(lse_rows + row, lse_row, mask=there)
+    tl.store(delta + row * STEP, out, mask=there)
+    tl.store(lse_rows + row * STEP, lse_row, mask=there)
 
 
 @triton.jit
