@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -151,6 +152,48 @@ CASES = [
 def test_lists_lines_and_sums_make_the_gradients(here, case, road, options):
     """Every row finds its query, every share its place, every partial sum its block."""
     check_backward(case, lambda *a: hopper_backward.backward(*a, road=road, **options))
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        (Case(200, group=1, heads=2, slots=3, pattern="messy", **SMALL), {}),
+        (Case(200, group=1, slots=3, pattern="messy", **SMALL), dict(piece=64)),
+        (Case(200, group=2, slots=3, **SMALL), dict(workspace=1)),
+        (Case(97, 333, group=16, slots=3, batch=2, **SMALL), dict(piece=1024)),
+        (Case(200, group=4, slots=3, lengths=(66, 0, 134), **SMALL), {}),
+    ],
+    ids=str,
+)
+def test_pieces_know_their_own_queries_and_whether_they_are_alone(here, monkeypatch, case, options):
+    """Too many own queries would only cost time, and a mark that is never set would too."""
+    pieces = []
+
+    def look(grid, *tensors, **options):
+        gathered(grid, *tensors, **options)
+        (order, items), (low, _, chunks, per_list, each, slots) = tensors[6:8], tensors[19:25]
+        order = order.reshape(-1, each)
+        for x, (lo, hi, key, own) in enumerate(items[: grid[0]].tolist()):
+            if lo < hi:
+                chosen = order[low + x // per_list, lo:hi]
+                pieces.append((low + x // per_list, chunks, key, own, chosen // slots))
+
+    monkeypatch.setattr(hopper_backward, "dkdv_kernel", Replaced(look))
+    q, k, v, dout, dlse, chosen = make(case)
+    call = call_of(case)
+    given = (dout, dlse, q, k, v, torch.zeros_like(q), torch.zeros_like(dlse), chosen, call)
+    hopper_backward.backward(*given, road="fused", **options)
+    lists = Counter((which, key) for which, _, key, _, _ in pieces)
+    for which, chunks, key, own, queries in pieces:
+        partly = queries + call.offset < key + 63  # they stand before the block's last key
+        assert own & 0xFFFF == partly.sum()
+        assert not (partly[1:] & ~partly[:-1]).any(), "own queries come first"
+        alone = lists[which, key] == 1 and chunks == 1 and case.lengths is None
+        assert own >> 16 == alone
+    # What the cases are for: marked or not, with own queries or without.
+    marked = {own >> 16 for _, _, _, own, _ in pieces}
+    assert marked == ({0} if case.lengths or "workspace" in options else
+                      {0, 1} if options else {1})  # fmt: skip
 
 
 def test_the_road_follows_from_how_much_neighbours_share():

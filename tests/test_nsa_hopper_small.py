@@ -111,6 +111,23 @@ def test_rows_come_and_go_by_sixteen_bytes_and_the_rest_by_boxes(compiled):
         assert "UTMASTG" not in sass
 
 
+@pytest.mark.slow
+def test_what_a_warp_copied_is_fenced_before_it_says_so(compiled):
+    """Copied as a thread writes, read as the copy engine reads: a card may forgive a missing fence.
+
+    Wait, fence, arrive: in the loop and behind it, for Q and for dO.
+    """
+    for kernels in compiled.values():
+        steps = re.findall(
+            r"LDGDEPBAR|(?<!WARPGROUP\.)DEPBAR\.LE SB0|FENCE\.VIEW\.ASYNC|SYNCS\.ARRIVE",
+            kernels["dkdv_kernel"][1],
+        )
+        begin = [i for i, step in enumerate(steps) if step == "LDGDEPBAR"]
+        assert len(begin) == 2
+        for i in begin:
+            assert steps[i + 1 : i + 7] == 2 * ["DEPBAR.LE SB0", "FENCE.VIEW.ASYNC", "SYNCS.ARRIVE"]
+
+
 # -- on a card -------------------------------------------------------------------------------------
 
 MATRIX = [

@@ -30,8 +30,9 @@ at its beginning; how many steps need it is counted once.  The first step may la
 query comes again in their place, and P is set to 0.
 
 At the end the consumers exchange halves through the ring, and each adds up one gradient of the
-piece.  ``sums_kernel`` adds the pieces in order, in float32.  Nothing is added atomically: the
-gradients are the same to the bit each time.
+piece.  A piece that is all of its block's list writes the gradient itself; the others
+``sums_kernel`` adds in order, in float32.  Nothing is added atomically: the gradients are the same
+to the bit each time.
 
 Taught in chapter 13 (the kernels of sparse attention).
 """
@@ -639,7 +640,8 @@ def dkdv_kernel(
     low, heads, chunks, pieces, each, slots, Nk, slope, scale,
     D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One piece of one block's list: its sums for dK and dV; shares of dQ if not split.
+    """One piece of one block's list: its sums for dK and dV, or these themselves if there is no
+    other piece; shares of dQ if not split.
 
     ``q``, ``dout`` and ``dq`` are what the copy engine sees, and the tensors for groups below 8.
     """
