@@ -154,6 +154,25 @@ def test_lists_lines_and_sums_make_the_gradients(here, case, road, options):
     check_backward(case, lambda *a: hopper_backward.backward(*a, road=road, **options))
 
 
+@pytest.mark.parametrize("group", [1, 8])
+def test_a_gradient_that_begins_between_two_sixteen_bytes_is_copied(here, monkeypatch, group):
+    """As a part of another tensor's gradient may: dense, and yet nothing for 16 bytes at a time."""
+    seen = []
+
+    def look(grid, q, dout, *tensors, **options):
+        seen.append(dout if group < 8 else dout.base)
+        gathered(grid, q, dout, *tensors, **options)
+
+    def shifted(dout, *rest):
+        moved = torch.empty(dout.numel() + 3, dtype=dout.dtype)[3:].view(dout.shape).copy_(dout)
+        assert moved.is_contiguous() and moved.data_ptr() % 16
+        return hopper_backward.backward(moved, *rest)
+
+    monkeypatch.setattr(hopper_backward, "dkdv_kernel", Replaced(look))
+    check_backward(Case(70, group=group, slots=2, **SMALL), shifted)
+    assert seen and all(x.data_ptr() % 16 == 0 for x in seen)
+
+
 @pytest.mark.parametrize(
     ("case", "options"),
     [

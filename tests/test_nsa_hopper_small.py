@@ -17,7 +17,7 @@ import torch
 from nsa_cases import Case, call_of, check_backward, choose, gradients, make, truth
 from test_nsa_hopper_backward import CHILD
 
-from labkit.nsa import hopper_backward, selection_backward
+from labkit.nsa import by_keys, hopper_backward, selection_backward
 from labkit.nsa.call import Call
 
 GROUPS = (1, 2, 4)
@@ -46,6 +46,18 @@ def test_groups_of_lists_are_of_one_size(fit):
     assert sum(number for _, number in cut) == 7
     assert max(number for _, number in cut) <= fit
     assert len(cut) == -(-7 // fit)
+
+
+def test_a_group_of_lists_has_no_more_than_a_launch_can_hold():
+    cut = turned(1, 8, 70_000, workspace=2**40, slots=1)
+    assert max(number for _, number in cut.groups()) <= 65535
+    chosen, call = (
+        torch.zeros(1, 1, 70_000, 1, dtype=torch.int32),
+        Call(scale=0.1, max_q=1, max_k=1),
+    )
+    config = by_keys._configs(torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 1, 64))[0]
+    cut = by_keys.turn(chosen, call, 1, 1, config, 256, 0, 2**40)
+    assert max(number for _, number in cut.groups()) <= 65535
 
 
 @pytest.mark.parametrize("group", GROUPS)

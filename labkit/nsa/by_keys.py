@@ -58,6 +58,8 @@ PIECE = 4096
 PIECE_FLOAT32 = 256
 #: queries of a range, at least: what is shorter would not fill the card
 RANGE = 256
+#: lists of one group: the second dimension of a launch can hold no more
+MOST = 65535
 
 
 # -- one block, or a part of it, and one piece of its list -----------------------------------------
@@ -282,7 +284,7 @@ def turn(
     return Turned(
         order, starts, used, owner, first, lists=b * h * chunks, chunks=chunks, chunk=chunk,
         rows=rows, steps=steps, keys=c.block_n, size=size, pieces=owner.shape[-1], each=chunk * s,
-        together=1 if chunks > 1 else max(1, min(b * h, int(workspace // needs(chunk)))),
+        together=1 if chunks > 1 else max(1, min(b * h, MOST, int(workspace // needs(chunk)))),
     )  # fmt: skip
 
 

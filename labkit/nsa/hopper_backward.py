@@ -61,7 +61,7 @@ from labkit.flash.gluon import (
     warpgroup_mma_wait,
 )
 from labkit.nsa import lists
-from labkit.nsa.by_keys import Turned, find_piece
+from labkit.nsa.by_keys import MOST, Turned, find_piece
 from labkit.nsa.call import Call
 from labkit.nsa.lists import find_sequence
 
@@ -939,7 +939,8 @@ def _turn(block_indices, call: Call, n_k: int, group: int, d: int, workspace: in
     owner, first = lists.parts(starts, size, chunk * s)
     chunks = starts.shape[2]
     # As many groups as there must be, of about the same size: each ends with an idle card.
-    groups = 1 if chunks > 1 else -(-b * h // max(1, int(workspace // needs(chunk))))
+    fit = min(MOST, max(1, int(workspace // needs(chunk))))
+    groups = 1 if chunks > 1 else -(-b * h // fit)
     return Turned(
         order, starts, used, owner, first, lists=b * h * chunks, chunks=chunks, chunk=chunk,
         rows=rows, steps=1, keys=64, size=size, pieces=owner.shape[-1], each=chunk * s,
@@ -979,7 +980,8 @@ def backward(
     (b, m, hq, d), (n, heads) = q.shape, k.shape[1:3]
     group, slots = hq // heads, block_indices.shape[3]
     if any(s % 8 for s in dout.stride()[:3]) or dout.stride(3) != 1 or dout.data_ptr() % 16:
-        dout = dout.contiguous()
+        # a copy, for .contiguous() would leave what is dense and begins between two 16 bytes
+        dout = dout.clone(memory_format=torch.contiguous_format)
     new = q.new_empty
     dq, dk, dvalues = new(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     # Side by side: who gathers one of them has the other in the same 32 bytes.

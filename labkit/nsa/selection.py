@@ -23,8 +23,8 @@ by hand (``hopper.py``)
 
 By hand is first where Hopper and the tensors allow it.  A group of fewer than 8 heads needs many
 queries for a tile, whose union may be all blocks: it goes by hand up to ``_BLOCKS_PER_SLOT`` blocks
-for each slot, and by keys beyond that, or by queries where these are few.  Larger groups go by
-queries where they cannot go by hand.
+for each slot, and by keys beyond that.  Where queries are few, groups of 1 and 2 go by queries and
+groups of 4 by hand.  Larger groups go by queries where they cannot go by hand.
 
 The mask is one comparison per score: a row's limit is its own position inside the block, or −1 if
 its query did not choose the block.
