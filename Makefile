@@ -58,8 +58,10 @@ book: $(READY) ## build the site into _build/html, warnings as errors
 
 test: $(READY) ## run every test, and every notebook against its stored outputs
 	@$(PY) tools/browser.py --install
+	@# in the order of tests/conftest.py, where the longest files come first
 	@# one thread each: several workers whose threads wait for each other by spinning are slower
-	OMP_NUM_THREADS=1 $(PY) -m pytest -p tools.fast_start -n $(WORKERS) --dist loadfile --nbval tests notebooks $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -p tools.fast_start -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	  --nbval tests notebooks $(ARGS)
 
 execute: $(READY) ## run the notebooks in place on this machine (NB=notebooks/01_….ipynb for one)
 	@$(PY) tools/execute.py $(NB)

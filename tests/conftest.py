@@ -22,7 +22,17 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU that torch can use (skipped without one)")
 
 
+#: files that take longest: begun last, one of them would keep a worker busy while the others wait
+LONGEST = (
+    "test_site.py", "test_gates.py", "test_flash_hopper.py", "08_flash_forward.ipynb",
+    "test_explorers_in_book.py", "test_flash_mutants.py", "test_kernels.py", "04_roofline.ipynb",
+    "15_half_rate.ipynb", "02_what_grows.ipynb", "test_widgets.py", "test_io_law.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
+    rank = {name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
     if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="needs a GPU that torch can use; this machine has none")
