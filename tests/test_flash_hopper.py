@@ -51,8 +51,8 @@ def compiled():
         )
         for kind in KINDS
         for d in (64, 128)
-        for c in hopper_backward.candidates(problem(kind, d))
-        for causal in (False, True)
+        for n, c in enumerate(hopper_backward.candidates(problem(kind, d)))
+        for causal in ((False, True) if n == 0 else (True,))  # a mask needs registers, none does not
     }
     found = dict(zip(wanted, resources.reports(list(wanted.values())), strict=True))
     for name, r in found.items():

@@ -64,7 +64,6 @@ WANTED += [(128, 0, 16, 64, True, 0), (128, 0, 8, 128, False, 0)]
 WANTED += [(128, 0, 16, 64, False, 1), (128, 0, 16, 64, False, 2)]
 #: tiles of more than 32 queries
 WANTED += [(128, 0, 1, 64, False, 0), (128, 0, 4, 64, True, 0), (128, 0, 2, 64, False, 2)]
-WANTED += [(64, 0, 1, 64, False, 0), (128, 0, 4, 64, False, 1)]
 #: bytes of a thread that may wait in memory, by branches to add: what the sum needs
 SPILLS = {0: 0, 1: 32, 2: 64}
 #: the same for a small group, whose words need more addresses

@@ -71,7 +71,7 @@ def test_where_members_do_not_fit_into_a_number_dq_is_made_of_shares(group):
 
 # -- without a card ------------------------------------------------------------------------------
 
-WANTED = [(128, 1), (128, 4), (64, 1)]
+WANTED = [(128, 1), (128, 4)]
 
 
 @pytest.fixture(scope="module")
