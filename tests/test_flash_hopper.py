@@ -52,7 +52,7 @@ def compiled():
         for kind in KINDS
         for d in (64, 128)
         for n, c in enumerate(hopper_backward.candidates(problem(kind, d)))
-        for causal in ((False, True) if n == 0 else (True,))  # a mask needs registers, none does not
+        for causal in ((False, True) if n == 0 else (True,))  # a mask only adds to it
     }
     found = dict(zip(wanted, resources.reports(list(wanted.values())), strict=True))
     for name, r in found.items():
