@@ -1,9 +1,16 @@
-"""What every module of kernels written by hand for Hopper must say when it cannot take a call.
+"""What every module of kernels written by hand for Hopper must say when it cannot take a call,
+and how its kernels are compiled without a card.
 
 Shared by ``test_flash_hopper.py`` and ``test_nsa_hopper*.py``.
 """
 
 from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
 
 import torch
 import triton
@@ -46,3 +53,18 @@ def check_unreadable(why, q: torch.Tensor, k: torch.Tensor) -> None:
     assert "16 bytes" in why(q[:1].expand(2, -1, -1, -1))
     far = torch.as_strided(q.to("meta"), q.shape, (2**39, *q.stride()[1:]))  # a stride of 2⁴⁰ bytes
     assert "16 bytes" in why(far)
+
+
+def compiled_elsewhere(child: str, wanted: list[tuple]) -> dict[tuple, Any]:
+    """What the program ``child`` prints, a line of JSON for each of ``wanted``, which it reads.
+
+    In a process of its own: there Triton compiles, and does not interpret.
+    """
+    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, "-c", child], input=json.dumps(wanted), capture_output=True, text=True,
+        env=env, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(zip(wanted, map(json.loads, done.stdout.splitlines()), strict=True))

@@ -7,7 +7,6 @@ card by the case runner of ``labkit.experiments`` and held to its bound.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -20,6 +19,7 @@ from hopper_reasons import (
     OnHopper,
     check_off_hopper,
     check_unreadable,
+    compiled_elsewhere,
     pretend,
 )
 
@@ -116,16 +116,9 @@ FORWARD = [(128, 0, None), (64, 0, 512), (128, 0, 512)]
 
 @pytest.mark.slow
 def test_the_forward_kernel_fits_the_card_with_one_tile_and_in_turns():
-    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD], input=json.dumps(FORWARD), capture_output=True, text=True,
-        env=env, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    for name, line in zip(FORWARD, done.stdout.splitlines(), strict=True):
+    for name, (usage, sass, shared) in compiled_elsewhere(CHILD, FORWARD).items():
         d, index, window = name
-        (usage, sass, shared), near = json.loads(line), window is not None
+        near = window is not None
         config = hopper.candidates(problem("forward", d, windowed=near, near=near))[index]
         groups, registers, loader = hopper._GROUPS[config.by_hand]
         numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))

@@ -6,11 +6,7 @@ items; everything before and after it is the code itself.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -20,6 +16,7 @@ from hopper_reasons import (
     OnHopper,
     check_off_hopper,
     check_unreadable,
+    compiled_elsewhere,
     pretend,
 )
 from nsa_cases import Case, call_of, check_backward, choose, make, truth
@@ -265,14 +262,7 @@ WANTED = [(128, 16)]
 @pytest.fixture(scope="module")
 def compiled():
     """{(head_dim, group): {kernel: (usage, SASS, bytes of shared memory)}}."""
-    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD], input=json.dumps(WANTED), capture_output=True, text=True,
-        env=env, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return dict(zip(WANTED, map(json.loads, done.stdout.splitlines()), strict=True))
+    return compiled_elsewhere(CHILD, WANTED)
 
 
 @pytest.mark.slow

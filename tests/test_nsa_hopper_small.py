@@ -6,14 +6,11 @@ lists, lines and sums around them.  Here they are compiled, and the binary is re
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from hopper_reasons import compiled_elsewhere
 from nsa_cases import Case, call_of, check_backward, choose, gradients, make, truth
 from test_nsa_hopper_backward import CHILD
 
@@ -77,14 +74,7 @@ WANTED = [(128, 1), (128, 4)]
 @pytest.fixture(scope="module")
 def compiled():
     """{(head_dim, group): {kernel: (usage, SASS, bytes of shared memory)}}."""
-    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD], input=json.dumps(WANTED), capture_output=True, text=True,
-        env=env, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return dict(zip(WANTED, map(json.loads, done.stdout.splitlines()), strict=True))
+    return compiled_elsewhere(CHILD, WANTED)
 
 
 @pytest.mark.slow

@@ -120,15 +120,16 @@ def _facts(case: Case) -> list[Hashable]:
     }  # fmt: skip
     if part != "compression":
         factors["slots"] = c.slots
-    half = c.dtype != "float32" and c.d == c.dv in (64, 128)
+    # what the kernels by hand take, apart from blocks and sequences
+    half = c.dtype != "float32" and c.d == c.dv in (64, 128) and c.group & (c.group - 1) == 0
     if part == "selection":
         factors |= {"choice": c.choice, "counts": c.counts}
-        if half and c.block == 64 and c.group != 3:  # the kernels by hand take it, both ways
+        if half and c.block == 64:  # both ways
             small = c.group < 8  # which have code of their own
             factors |= {"by hand": True, "hand dtype": c.dtype, "hand dims": c.d, "small": small}
     if part == "whole":
         factors |= {"window": c.window, "gates": c.gates, "forced": c.forced}
-        if half and c.d == 128 and c.block == 64 and c.group != 3 and c.sequences == "one":
+        if half and c.d == 128 and c.block == 64 and c.sequences == "one":
             # by one kernel, where no gradient is asked for; small groups have code of their own
             factors |= {"added": c.gates, "small added": c.group < 8}
     return [(part,), ("layout", c.layout), *((part, *each) for each in factors.items())]

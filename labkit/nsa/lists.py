@@ -83,6 +83,12 @@ def plan_key(call: Call, *tensors: torch.Tensor) -> tuple:
 _launchers: dict[tuple, Launcher] = {}
 
 
+def _remember(key: tuple, launch: Launcher) -> None:
+    if len(_launchers) > 2000:  # shapes that never come back
+        _launchers.clear()
+    _launchers[key] = launch
+
+
 @triton.jit
 def _ascending(x, at, LOG: tl.constexpr, INTERPRETED: tl.constexpr):
     """Each row of ``x`` sorted; ``at`` numbers its columns.
@@ -211,9 +217,7 @@ def unions(
                  VARLEN=call.cu is not None, INTERPRETED=interpreted),
             Config(tile, 0, min(8, max(1, 2**log // 256)), 1),
         )  # fmt: skip
-        if len(_launchers) > 2000:  # shapes that never come back
-            _launchers.clear()
-        _launchers[key] = launch
+        _remember(key, launch)
     launch(block_indices, blocks, members, counts, call.cu)
     return blocks, members, counts
 
@@ -335,9 +339,7 @@ def unions_by_group(
                  INTERPRETED=backend() == "interpreter"),
             Config(queries * groups, 0, 4, 1),
         )  # fmt: skip
-        if len(_launchers) > 2000:  # shapes that never come back
-            _launchers.clear()
-        _launchers[key] = launch
+        _remember(key, launch)
     launch(block_indices, blocks, members, counts, call.cu)
     return blocks, members, counts
 
