@@ -9,6 +9,7 @@ file                     holds                                                  
 ``model.py``             how many FLOPs and bytes each branch costs                      12, 13
 ``call.py``              what a call asks for                                            13
 ``lists.py``             who chose what: unions of neighbours, and the lists turned      13
+``agreed.py``            what neighbours agree on, and what is left of the choice        13
 ``selection.py``         attention to chosen blocks, query by query                      13
 ``by_keys.py``           the loop turned around: block by block                          13
 ``selection_backward``   dQ, dK and dV of the selected blocks                            13

@@ -36,7 +36,6 @@ from triton.runtime.errors import OutOfResources
 
 from labkit.flash import tuning
 from labkit.flash.launch import card
-from labkit.flash.softmax import finish
 from labkit.flash.tuning import Config
 from labkit.kernels.runtime import backend, check_can_launch
 from labkit.nsa import lists
@@ -153,7 +152,11 @@ def part_kernel(
         p = tl.exp2((s - tl.where(m == float("-inf"), 0.0, m)[:, None]) * c)
         l = tl.sum(p, 1)
         out = tl.dot(p.to(V.dtype), V, input_precision=PRECISION)
-        out, lse = finish(m, l, out, scale)
+        # One division a row: of each element it would be a fifth of the loop's instructions.
+        nothing = l == 0.0
+        l = tl.where(nothing, 1.0, l)
+        lse = tl.where(nothing, float("-inf"), m * scale + tl.log(l))
+        out = out * (1.0 / l)[:, None]
         place = ((to + entry) * STEPS + part) * GROUP + g
         tl.store(parts + (place * DV)[:, None] + column[None, :], out.to(parts.dtype.element_ty),
                  mask=there[:, None] & (column < DV)[None, :])  # fmt: skip
@@ -166,9 +169,12 @@ def merge_kernel(
     parts, lse_parts, used, o, lse, stride_ob, stride_on, stride_oh, stride_lb, stride_lh,
     low, chunks, heads, each, slots, chunk, Nq,
     GROUP: tl.constexpr, STEPS: tl.constexpr, SLOTS: tl.constexpr, DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, BASE: tl.constexpr,
 ):  # fmt: skip
-    """Join the parts of ``ROWS`` rows (query, head of the group), in the order of their slots."""
+    """Join the parts of ``ROWS`` rows (query, head of the group), in the order of their slots.
+
+    ``BASE``: what ``o`` and ``lse`` hold is one more part, the first.
+    """
     near = tl.program_id(1)
     which = (low + near).to(tl.int64)
     bh, first = which // chunks, which % chunks * chunk
@@ -183,30 +189,42 @@ def merge_kernel(
     slot, use = near.to(tl.int64) * each + i * slots, used + which * each + i * slots
     all_ = there[:, None] & (n < slots * STEPS)[None, :]
     all_ = all_ & (tl.load(use[:, None] + n // STEPS, all_, 0) != 0)
+    if BASE:
+        if tl.max(tl.max(all_.to(tl.int32), 1), 0) == 0:
+            return
     places = ((slot * STEPS)[:, None] + n[None, :]) * GROUP + g[:, None]
     lse_n = tl.load(lse_parts + places, all_, float("-inf"))
     top = tl.max(lse_n, 1)
+    head_q = head * GROUP + g
+    lse += batch * stride_lb + head_q * stride_lh + token
+    if BASE:
+        first_lse = tl.load(lse, there, float("-inf"))
+        top = tl.maximum(top, first_lse)
     safe = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp(lse_n - safe[:, None]), 1)
 
     # -- the sum -----------------------------------------------------------------------------------
     column = tl.arange(0, BLOCK_DV)
+    inside = there[:, None] & (column < DV)[None, :]
+    o += (batch * stride_ob + token * stride_on + head_q * stride_oh)[:, None] + column[None, :]
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    if BASE:
+        weight = tl.exp(first_lse - safe)
+        total += weight
+        acc = weight[:, None] * tl.load(o, inside, 0.0).to(tl.float32)
+        tl.debug_barrier()  # other threads may read what one is about to replace
     for s in tl.range(0, slots * STEPS):
         counts = tl.load(use + s // STEPS, there, 0) != 0
         place = (slot * STEPS + s) * GROUP + g
         weight = tl.exp(tl.load(lse_parts + place, counts, float("-inf")) - safe)
-        inside = counts[:, None] & (column < DV)[None, :]
-        part = tl.load(parts + (place * DV)[:, None] + column[None, :], inside, 0.0)
+        chosen = counts[:, None] & (column < DV)[None, :]
+        part = tl.load(parts + (place * DV)[:, None] + column[None, :], chosen, 0.0)
         acc += weight[:, None] * part.to(tl.float32)
     nothing = total == 0.0
     out = acc / tl.where(nothing, 1.0, total)[:, None]
-    head_q = head * GROUP + g
-    at = batch * stride_ob + token * stride_on + head_q * stride_oh
-    tl.store(o + at[:, None] + column[None, :], out.to(o.dtype.element_ty),
-             mask=there[:, None] & (column < DV)[None, :])  # fmt: skip
+    tl.store(o, out.to(o.dtype.element_ty), mask=inside)
     lse_row = tl.where(nothing, float("-inf"), safe + tl.log(tl.where(nothing, 1.0, total)))
-    tl.store(lse + batch * stride_lb + head_q * stride_lh + token, lse_row, mask=there)
+    tl.store(lse, lse_row, mask=there)
 
 
 # -- launching -------------------------------------------------------------------------------------
@@ -301,11 +319,18 @@ def workspace_for(x: torch.Tensor) -> int:
 _chosen: dict[tuple, Config] = {}
 
 
-def best(key: tuple, configs: list[Config], flops: float, run: Callable[[Config], object]) -> None:
+def best(
+    key: tuple,
+    configs: list[Config],
+    flops: float,
+    run: Callable[[Config], object],
+    trial: Callable[[Config], object] | None = None,
+) -> None:
     """``run`` with the fastest configuration, or the first that the card has room for.
 
     Where the work is worth it they are timed on the real inputs, once for each ``key`` in a
-    process; what is small, CUDA graph capture and ``LABKIT_TUNE=0`` take the first.
+    process; what is small, CUDA graph capture and ``LABKIT_TUNE=0`` take the first.  ``trial`` is
+    what is timed, if ``run`` must not run twice.
     """
     if key in _chosen:
         return run(_chosen[key])
@@ -316,7 +341,7 @@ def best(key: tuple, configs: list[Config], flops: float, run: Callable[[Config]
         and backend() == "gpu"
         and not torch.cuda.is_current_stream_capturing()
     ):
-        config, _ = tuning.fastest(configs, lambda c: partial(run, c))
+        config, _ = tuning.fastest(configs, lambda c: partial(trial or run, c))
         if config is not None:
             _chosen[key] = config
             return run(config)
@@ -368,17 +393,25 @@ def forward(
     call: Call,
     *,
     workspace: int | None = None,
+    base: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """O and LSE block by block; arguments and results as for ``selection.forward``."""
+    """O and LSE block by block; arguments and results as for ``selection.forward``.
+
+    ``base`` is (O, LSE) of other keys, ``[B, M, HQ, V]`` in q's dtype and ``[B, HQ, M]`` float32,
+    rows dense: the result is that of both together, and lies where ``base`` lay.
+    """
     check_can_launch("nsa_selected_attention", q, k, v, block_indices)
     workspace = workspace or workspace_for(q)
     b, m, hq, d = q.shape
     heads, dv = k.shape[2], v.shape[3]
     group = hq // heads
-    o = q.new_empty((b, m, hq, dv))
-    lse = q.new_empty((b, hq, m), dtype=torch.float32)
 
-    def run(c: Config) -> None:
+    def new() -> tuple[torch.Tensor, torch.Tensor]:
+        return q.new_empty((b, m, hq, dv)), q.new_empty((b, hq, m), dtype=torch.float32)
+
+    o, lse = base or new()
+
+    def run(c: Config, o=o, lse=lse, first=base is not None) -> None:
         rows = max(c.block_m, padded(group))
         turned = turn(block_indices, call, k.shape[1], group, c,
                       dv * q.element_size() + 4, 0, workspace)  # fmt: skip
@@ -404,9 +437,10 @@ def forward(
                 parts, lse_parts, turned.used, o, lse, *o.stride()[:3], *lse.stride()[:2],
                 low, turned.chunks, heads, turned.each, block_indices.shape[3], turned.chunk, m,
                 GROUP=group, STEPS=turned.steps, SLOTS=triton.next_power_of_2(slots), DV=dv,
-                BLOCK_DV=width(v), ROWS=tall, num_warps=4,
+                BLOCK_DV=width(v), ROWS=tall, BASE=first, num_warps=4,
             )  # fmt: skip
 
     key = ("forward", q.dtype, d, dv, call.block_size, call.precision, q.device)
-    best(key, _configs(q, v), flops_of(q, block_indices, call, d + dv), run)
+    trial = None if base is None else lambda c: run(c, *new(), first=False)
+    best(key, _configs(q, v), flops_of(q, block_indices, call, d + dv), run, trial)
     return o, lse
