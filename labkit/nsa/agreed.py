@@ -85,14 +85,23 @@ def agreed_kernel(
     begin = tile * (GROUPS * QUERIES)
     chosen += batch * stride_cb + head * stride_ch + start * stride_cm
 
+    # -- all choices: asked for before they are needed ---------------------------------------------
+    row, slot = tl.arange(0, ROWS), tl.arange(0, SLOTS)
+    i = begin + row
+    there = (row < GROUPS * QUERIES) & (i < end)
+    inside = there[:, None] & (slot < S)[None, :]
+    at = (i.to(tl.int64) * stride_cm)[:, None] + (slot * stride_cs)[None, :]
+    block = tl.load(chosen + at, inside, -1).to(tl.int32)
+    block = tl.where((block >= 0) & (block <= ((i + own) // BLOCK)[:, None]), block, -1)
+
     # -- candidates: what the samples chose, in order --------------------------------------------
     e = tl.arange(0, WIDTH)
     sample = e // S
     # The last query stands for those that are not there.
-    i = tl.minimum(begin + (2 * sample + 1) * QUERIES // (2 * SAMPLES), end - 1)
-    at = i.to(tl.int64) * stride_cm + (e % S) * stride_cs
+    query = tl.minimum(begin + (2 * sample + 1) * QUERIES // (2 * SAMPLES), end - 1)
+    at = query.to(tl.int64) * stride_cm + (e % S) * stride_cs
     candidate = tl.load(chosen + at, (e < WANTED) & (begin < end), -1).to(tl.int32)
-    fine = (candidate >= 0) & (candidate <= (i + own) // BLOCK)
+    fine = (candidate >= 0) & (candidate <= (query + own) // BLOCK)
     # All different, so that each has a place: the number of those before it.
     key = tl.where(fine, candidate, UNUSED) * WIDTH + e
     table += x.to(tl.int64) * (2 * WIDTH)
@@ -107,13 +116,6 @@ def agreed_kernel(
     tl.debug_barrier()
 
     # -- each choice looks for itself among them, by halving -------------------------------------
-    row, slot = tl.arange(0, ROWS), tl.arange(0, SLOTS)
-    i = begin + row
-    there = (row < GROUPS * QUERIES) & (i < end)
-    inside = there[:, None] & (slot < S)[None, :]
-    at = (i.to(tl.int64) * stride_cm)[:, None] + (slot * stride_cs)[None, :]
-    block = tl.load(chosen + at, inside, -1).to(tl.int32)
-    block = tl.where((block >= 0) & (block <= ((i + own) // BLOCK)[:, None]), block, -1)
     place = tl.where(tl.load(table + (WIDTH // 2 - 1)) < block, WIDTH // 2, 0)
     for level in tl.static_range(1, LOG):
         step = 2 ** (LOG - 1 - level)
@@ -215,6 +217,7 @@ def agreed(
     if not counts.numel() or not s:
         return (blocks.zero_(), members, counts.zero_()), rest
     log = max(5, (candidates - 1).bit_length())
+    assert call.blocks < 2 ** (31 - log) - 1
     table = new((counts.numel(), 2 * 2**log), dtype=torch.int32)
     key = (queries, groups, least, *plan_key(call, block_indices))
     launch = _launchers.get(key)

@@ -189,9 +189,8 @@ def merge_kernel(
     slot, use = near.to(tl.int64) * each + i * slots, used + which * each + i * slots
     all_ = there[:, None] & (n < slots * STEPS)[None, :]
     all_ = all_ & (tl.load(use[:, None] + n // STEPS, all_, 0) != 0)
-    if BASE:
-        if tl.max(tl.max(all_.to(tl.int32), 1), 0) == 0:
-            return
+    if BASE and tl.max(tl.max(all_.to(tl.int32), 1), 0) == 0:
+        return
     places = ((slot * STEPS)[:, None] + n[None, :]) * GROUP + g[:, None]
     lse_n = tl.load(lse_parts + places, all_, float("-inf"))
     top = tl.max(lse_n, 1)
