@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from hopper_reasons import compiled_elsewhere
 from nsa_cases import Case, call_of, choose, offsets, positions
 
 from labkit.nsa import lists
@@ -121,9 +124,18 @@ def turned(case: Case, picks, row: int, first: int = 0, last: int = 10**9, *, sl
                 yield i * case.slots + slot if slots else i
 
 
+@pytest.fixture(params=[False, True], ids=["sorted", "counted"])
+def counting(request, monkeypatch):
+    """Both ways to turn lists; tiles are small here, so that a list has several."""
+    monkeypatch.setattr(lists, "COUNTING", request.param)
+    monkeypatch.setattr(lists, "_LEAST", 2**6)
+    monkeypatch.setattr(lists, "_MOST", 2**6)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_each_block_lists_its_queries_in_order(case, dtype, device):
+def test_each_block_lists_its_queries_in_order(case, dtype, counting, device):
     torch.manual_seed(2)
     chosen, call = choose(case, device).to(dtype), call_of(case, device)
     order, starts = (x.tolist() for x in lists.by_block(chosen, call, keys(case)))
@@ -140,7 +152,7 @@ def test_each_block_lists_its_queries_in_order(case, dtype, device):
 
 
 @pytest.mark.parametrize("chunk", [16, 50, 1000])
-def test_ranges_of_queries_have_lists_of_their_own_and_name_the_slots(chunk, device):
+def test_ranges_of_queries_have_lists_of_their_own_and_name_the_slots(chunk, counting, device):
     torch.manual_seed(3)
     for case in (CASES[3], CASES[7]):
         chosen, call = choose(case, device), call_of(case, device)
@@ -159,6 +171,97 @@ def test_ranges_of_queries_have_lists_of_their_own_and_name_the_slots(chunk, dev
                     assert torch.equal(used[b, h, r].cpu(), flags)
 
 
+def by_hand(case: Case, chosen, length: int):
+    """``order``, ``starts``, ``used`` of ranges of ``length`` queries, by comparing everything."""
+    ranges = -(-case.m // length)
+    x = torch.full((case.batch, case.heads, ranges * length, case.slots), -1, device=chosen.device)
+    x[:, :, : case.m] = chosen.transpose(1, 2)
+    own = torch.full((ranges * length,), -1, device=x.device)
+    own[: case.m] = positions(case, x.device) // case.block
+    same = x[..., :, None] == x[..., None, :]
+    left = torch.ones(case.slots, case.slots, dtype=torch.bool, device=x.device).tril(-1)
+    fine = (x >= 0) & (x <= own[:, None]) & ~(same & left).any(-1)
+    rows = -(-keys(case) // case.block)
+    x, fine = (y.reshape(case.batch, case.heads, ranges, -1) for y in (x, fine))
+    entry = torch.arange(ranges * length * case.slots, device=x.device).view(ranges, -1)
+    order, starts = torch.full_like(x, -1), torch.zeros(*x.shape[:3], rows + 1, device=x.device)
+    for at in torch.cartesian_prod(*(torch.arange(n) for n in x.shape[:3])).tolist():
+        b, h, r = at
+        found = [entry[r][fine[b, h, r] & (x[b, h, r] == row)] for row in range(rows)]
+        starts[b, h, r, 1:] = torch.tensor([len(y) for y in found]).cumsum(0)
+        found = torch.cat(found)
+        order[b, h, r, : len(found)] = found
+    return order.int(), starts.int(), fine.to(torch.int8)
+
+
+#: case, range, choices of a tile: slots that are no power of two, one slot, more blocks than that
+TILED = [
+    (Case(333, slots=5, block=16, batch=2, pattern="messy"), 333, 2**7),
+    (Case(333, slots=5, block=16, heads=2, pattern="messy"), 200, 2**6),
+    (Case(190, 700, slots=16, block=8, pattern="messy"), 190, 2**8),
+    (Case(260, slots=1, block=2, pattern="messy"), 131, 2**6),
+    (Case(97, 1500, slots=9, block=1, pattern="messy"), 50, 2**6),
+    (Case(70, slots=33, block=1, pattern="all"), 70, 2**7),
+    # more tiles than are summed at once
+    (Case(270, slots=2, block=32, pattern="messy"), 270, 2**3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "length", "width"), TILED, ids=str)
+def test_counting_makes_the_lists_that_comparing_makes(case, length, width, device, monkeypatch):
+    monkeypatch.setattr(lists, "COUNTING", True)
+    monkeypatch.setattr(lists, "_LEAST", width)
+    monkeypatch.setattr(lists, "_MOST", width)
+    torch.manual_seed(5)
+    chosen, call = choose(case, device), call_of(case, device)
+    # heads before positions, and slots that do not lie side by side
+    chosen = chosen.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    want = by_hand(case, chosen, length)
+    assert case.pattern == "all" or (want[2] == 0).any()
+    for got, expected in zip(lists.by_slot(chosen, call, keys(case), length), want, strict=True):
+        assert got.dtype == expected.dtype and torch.equal(got, expected)
+    if length == case.m:
+        order, starts = lists.by_block(chosen, call, keys(case))
+        queries = torch.where(want[0] < 0, -1, want[0] // case.slots)
+        assert torch.equal(order, queries[:, :, 0]) and torch.equal(starts, want[1][:, :, 0])
+
+
+def test_a_query_may_name_one_block_in_all_its_slots(device, monkeypatch):
+    monkeypatch.setattr(lists, "COUNTING", True)
+    monkeypatch.setattr(lists, "_LEAST", 2**6)
+    case = Case(64, slots=6, block=16)
+    chosen, call = torch.zeros(1, 64, 1, 6, dtype=torch.int32, device=device), call_of(case, device)
+    order, starts, used = lists.by_slot(chosen, call, 64, 64)
+    assert order.flatten().tolist() == [*range(0, 64 * 6, 6), *[-1] * (64 * 5)]
+    assert starts.flatten().tolist() == [0, 64, 64, 64, 64]
+    assert used.flatten().tolist() == [1, 0, 0, 0, 0, 0] * 64
+
+
+def test_the_network_that_is_compiled_sorts_too(device, monkeypatch):
+    """Not the one that the interpreter is spared from."""
+    monkeypatch.setattr(lists, "backend", lambda: "gpu")
+    monkeypatch.setattr(lists, "_LEAST", 2**5)
+    monkeypatch.setattr(lists, "_MOST", 2**5)
+    case = Case(20, slots=3, block=2, pattern="messy")
+    torch.manual_seed(6)
+    chosen, call = choose(case, device), call_of(case, device)
+    want = by_hand(case, chosen, 20)
+    for got, expected in zip(lists.by_slot(chosen, call, 20, 20), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_lists_are_counted_where_a_tile_fits_and_rows_are_few(monkeypatch):
+    call, varlen = call_of(Case(64)), call_of(Case(64, lengths=(60, 4)))
+    assert lists._counts(128, 16, call) == GPU  # the interpreter sorts
+    monkeypatch.setattr(lists, "backend", lambda: "gpu")
+    assert lists._counts(2048, 16, call) and not lists._counts(2**17, 16, call)
+    assert not lists._counts(128, 16, varlen) and not lists._counts(128, 2**12, call)
+    monkeypatch.setattr(lists, "COUNTING", False)
+    assert not lists._counts(128, 16, call)
+    widths = [lists._log_width(rows, slots) for rows, slots in ((1, 1), (512, 16), (4096, 16))]
+    assert widths == [9, 10, 11] and lists._log_width(1, 1025) == 11
+
+
 def test_every_list_is_cut_into_pieces_that_cover_it_once(device):
     starts = torch.tensor([[0, 5, 5, 21, 22], [0, 0, 0, 0, 24]], dtype=torch.int32, device=device)
     owner, first = lists.parts(starts, 8, 24)
@@ -167,11 +270,43 @@ def test_every_list_is_cut_into_pieces_that_cover_it_once(device):
     assert owner.dtype == first.dtype == torch.int32
 
 
+#: compiles what ``by_slot`` would launch, on empty CPU tensors
+CHILD = """
+import json, sys, torch
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from labkit.flash import _resources_child as child
+from labkit.nsa import lists
+from labkit.nsa.call import Call
+JITFunction.run = child._compile_only
+lists.backend = lambda: "gpu"
+child.wanted.update(["tile_kernel", "shift_kernel", "place_kernel"])
+driver.set_active(child.Elsewhere(90))
+for m, slots in json.load(sys.stdin):
+    child.compiled.clear()
+    chosen = torch.zeros(1, m, 1, slots, dtype=torch.int32)
+    lists.by_slot(chosen, Call(scale=0.1, max_q=m, max_k=m), m, m)
+    usage = [child._read_binary(kernel.asm["cubin"], False)[0] for _, kernel in child.compiled]
+    print(json.dumps(usage))
+"""
+
+
+@pytest.mark.slow
+def test_counting_spills_nothing():
+    """For the smallest tile and the next, in which warps work together."""
+    for name, usages in compiled_elsewhere(CHILD, [(8192, 16), (32768, 16)]).items():
+        assert len(usages) == 3
+        for usage in usages:
+            numbers = dict(re.findall(r"\b(STACK|LOCAL):(\d+)", usage))
+            assert numbers == {"STACK": "0", "LOCAL": "0"}, (name, usage)
+
+
 @pytest.mark.gpu
 def test_lists_never_wait_for_the_host():
     case = Case(4096, heads=4, slots=16, block=64)
     chosen, call = choose(case, "cuda"), call_of(case, "cuda")
     lists.unions(chosen, 16, call, case.m), lists.by_block(chosen, call, case.m)
+    assert lists._counts(64, 16, call)
     lists.unions_by_group(chosen, 64, 3, call)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -14,8 +14,9 @@ Each query names the blocks it reads.  A kernel wants one of two other views of 
 
 A choice counts when its block exists and does not begin after the query's own position; −1, a
 block that is out of range, and a block that the query already named do not.  Everything is made
-on the device, by sorting or by going through all blocks, without atomics and without waiting for
-the host: the lists are the same each time, and what is made from them in their order is too.
+on the device, by sorting, counting or going through all blocks, without atomics and without
+waiting for the host: the lists are the same each time, and what is made from them in their order
+is too.
 
 Taught in chapter 13 (the kernels of sparse attention).
 """
@@ -90,22 +91,34 @@ def _remember(key: tuple, launch: Launcher) -> None:
 
 
 @triton.jit
-def _ascending(x, at, LOG: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Each row of ``x`` sorted; ``at`` numbers its columns.
+def _meet(
+    x, at, LOG: tl.constexpr, level: tl.constexpr, bit: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """Of two elements whose numbers differ in ``bit``, one keeps the smaller, the other the larger.
 
-    The interpreter walks the reductions inside ``tl.sort`` one element at a time.  There the same
-    network (Batcher's bitonic sort) is written out.
+    Which one is turned around from one run of 2^level elements to the next.
     """
-    if INTERPRETED:
-        for level in tl.static_range(1, LOG + 1):
-            for step in tl.static_range(level):
-                distance = 2 ** (level - 1 - step)
-                other = tl.gather(x, at ^ distance, 1)
-                keep_small = ((at & distance) == 0) == ((at & (2**level)) == 0)
-                x = tl.where(keep_small, tl.minimum(x, other), tl.maximum(x, other))
-    else:
-        x = tl.sort(x, dim=1)
-    return x
+    other = tl.gather(x, at ^ 2**bit, 1) if INTERPRETED else x ^ tl.xor_sum(x, LOG - bit, True)
+    larger = ((at >> bit) ^ (at >> level)) & 1
+    return tl.where(larger == 0, tl.minimum(x, other), tl.maximum(x, other))
+
+
+@triton.jit
+def _ascending(x, at, LOG: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Each row of ``x`` sorted (Batcher's bitonic network); ``at`` numbers its columns.
+
+    ``tl.sort`` is the same network, but asks whether elements change places, where a minimum is
+    one instruction.  A dimension for each bit lets an element meet its partner by a shuffle.  The
+    interpreter walks reductions one element at a time; there it gathers.
+    """
+    shape: tl.constexpr = x.shape
+    if not INTERPRETED:
+        x = tl.reshape(x, [shape[0]] + [2] * LOG)
+        at = tl.reshape(at, [shape[0]] + [2] * LOG)
+    for level in tl.static_range(1, LOG + 1):
+        for step in tl.static_range(level):
+            x = _meet(x, at, LOG, level, level - 1 - step, INTERPRETED)
+    return tl.reshape(x, shape)
 
 
 @triton.jit
@@ -403,6 +416,106 @@ def order_kernel(
     tl.store(order + x, tl.where(key % (rows + 1) == rows, -1, out).to(tl.int32), mask=there)
 
 
+# The sort takes seconds to compile: once for all lengths.
+@triton.jit(do_not_specialize=["heads", "Nq", "offset", "chunk", "chunks", "rows", "tiles"])
+def tile_kernel(
+    chosen, keys, ends, used, stride_cb, stride_cm, stride_ch, stride_cs,
+    heads, Nq, offset, chunk, chunks, rows, tiles,
+    BLOCK: tl.constexpr, SLOTS: tl.constexpr, LOG: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The choices of a tile of neighbouring queries, sorted by block, then as they were.
+
+    A key is block · 2^LOG + (slot of the tile); block ``rows`` takes the choices that do not count.
+    ``ends`` are two int16 for each block that was chosen: its first place, and one past its last.
+    """
+    WIDTH: tl.constexpr = 2**LOG
+    QUERIES: tl.constexpr = WIDTH // SLOTS
+    x = tl.program_id(0)  # [batch, head, chunk, tile]
+    list_, tile = x // tiles, x % tiles
+    bh, range_ = list_ // chunks, list_ % chunks
+    e = tl.arange(0, WIDTH)[None, :]
+    of_range = tile * QUERIES + e // SLOTS
+    i = range_ * chunk + of_range
+    there = (e < QUERIES * SLOTS) & (of_range < chunk)
+    at = (bh // heads).to(tl.int64) * stride_cb + (bh % heads).to(tl.int64) * stride_ch
+    at = at + i.to(tl.int64) * stride_cm + (e % SLOTS) * stride_cs
+    block = tl.load(chosen + at, there & (i < Nq), -1).to(tl.int32)
+    fine = (block >= 0) & (block <= (i + offset) // BLOCK)
+    used += (list_.to(tl.int64) * chunk + tile * QUERIES) * SLOTS
+    tl.store(used + e, fine.to(tl.int8), mask=there)
+    key = tl.where(there, (tl.where(fine, block, rows) << LOG) + e, _UNUSED)
+
+    # -- sort; once more without the choices that were named before, if there were any -----------
+    keys += x.to(tl.int64) * WIDTH
+    again = 1
+    while again > 0:
+        key = _ascending(key, e, LOG, INTERPRETED)
+        tl.debug_barrier()  # nobody reads the keys of the round before any longer
+        tl.store(keys + e, key)
+        tl.debug_barrier()  # a neighbour's key may be another thread's
+        before = tl.load(keys + e - 1, e > 0, _UNUSED)
+        row, slot, slot_before = key >> LOG, key & (WIDTH - 1), before & (WIDTH - 1)
+        named = (row == before >> LOG) & (slot // SLOTS == slot_before // SLOTS) & (row < rows)
+        again = tl.max(tl.max(named.to(tl.int32), 1), 0)
+        if again > 0:
+            tl.store(used + slot, tl.zeros([1, WIDTH], tl.int8), mask=named)
+            key = tl.where(named, (rows << LOG) + slot, key)
+
+    # -- where each block stands -----------------------------------------------------------------
+    row = key >> LOG
+    before = tl.load(keys + e - 1, e > 0, _UNUSED)
+    after = tl.load(keys + e + 1, e < WIDTH - 1, _UNUSED)
+    ends += x.to(tl.int64) * (rows + 1) * 2
+    tl.store(ends + 2 * row, e.to(tl.int16), mask=(row <= rows) & (row != before >> LOG))
+    last = (row != after >> LOG) | (e == WIDTH - 1)
+    tl.store(ends + 2 * row + 1, (e + 1).to(tl.int16), mask=(row <= rows) & last)
+
+
+@triton.jit(do_not_specialize=["rows", "tiles"])
+def shift_kernel(ends, counts, rows, tiles, TILES: tl.constexpr, ROWS: tl.constexpr):
+    """From the place in a sorted tile to the place in a block's list, for each tile and block.
+
+    Both count upwards within a block, so what leads from one to the other is a number.  It takes
+    the place of the two ends, here one int32.
+    """
+    list_ = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    count = tl.zeros([ROWS], tl.int32)
+    for first in range(0, tiles, TILES):
+        tile = first + tl.arange(0, TILES)
+        inside = (tile < tiles)[:, None] & (row <= rows)[None, :]
+        at = (list_.to(tl.int64) * tiles + tile)[:, None] * (rows + 1) + row[None, :]
+        both = tl.load(ends + at, inside, 0)
+        begin = both & 0xFFFF
+        here = (both >> 16) - begin
+        earlier = count[None, :] + tl.cumsum(here, 0) - here
+        tl.store(ends + at, earlier - begin, mask=inside)
+        count += tl.sum(here, 0)
+    # One further: a running sum makes the beginnings of them.
+    tl.store(counts + list_.to(tl.int64) * (rows + 1) + row + 1, count, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["chunk", "chunks", "rows", "tiles"])
+def place_kernel(
+    keys, shifts, starts, order, chunk, chunks, rows, tiles,
+    SLOTS: tl.constexpr, LOG: tl.constexpr, QUERIES_ONLY: tl.constexpr,
+):  # fmt: skip
+    """Each choice of a sorted tile goes to its place."""
+    WIDTH: tl.constexpr = 2**LOG
+    x = tl.program_id(0)
+    list_, tile = x // tiles, x % tiles
+    e = tl.arange(0, WIDTH)
+    key = tl.load(keys + x.to(tl.int64) * WIDTH + e)
+    row, slot = key >> LOG, key & (WIDTH - 1)
+    inside = row <= rows
+    place = tl.load(starts + list_.to(tl.int64) * (rows + 1) + row, inside, 0) + e
+    place += tl.load(shifts + x.to(tl.int64) * (rows + 1) + row, inside, 0)
+    query = list_ % chunks * chunk + tile * (WIDTH // SLOTS)
+    out = query + slot // SLOTS if QUERIES_ONLY else query * SLOTS + slot
+    order += list_.to(tl.int64) * chunk * SLOTS
+    tl.store(order + place, tl.where(row == rows, -1, out), mask=inside)
+
+
 def by_block(
     block_indices: torch.Tensor, call: Call, n_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -441,28 +554,95 @@ def by_slot(
     return _turned(block_indices, call, n_k, chunk, queries=False)
 
 
-def _turned(block_indices, call: Call, n_k: int, chunk: int, *, queries: bool):
-    """A stable sort by block leaves the queries of one block in order.
+#: how lists are turned: True counts, False sorts; None: as :func:`_counts` says
+COUNTING = None
+#: choices of a tile that is sorted at once: the fewest, the most, and how many for each row
+_LEAST, _MOST, _PER_ROW = 2**9, 2**11, 2
+#: choices that a warp sorts
+_OF_WARP = 2**9
+#: with more rows the counts would take more memory than the choices do
+_ROWS = 4096
 
-    Keys that fit are kept in 16 bits: a radix sort passes over them half as often.
+
+def _counts(rows: int, slots: int, call: Call) -> bool:
+    """Whether lists are turned by counting: less memory and work, but for few enough rows."""
+    if call.cu is not None or rows > _ROWS or slots > _MOST:
+        return False
+    # The interpreter takes a program at a time, and the sort has a single one.
+    return backend() != "interpreter" if COUNTING is None else COUNTING
+
+
+def _log_width(rows: int, slots: int) -> int:
+    """log₂ of the choices of a tile."""
+    return (max(slots, min(_MOST, max(_LEAST, _PER_ROW * rows))) - 1).bit_length()
+
+
+def _turned(block_indices, call: Call, n_k: int, chunk: int, *, queries: bool):
+    """``order`` ``[B, H, chunks, chunk · S]``, ``starts`` and ``used``; see :func:`by_slot`.
+
+    ``queries``: ``order`` names queries; else query · S + slot.
     """
     b, m, h, s = block_indices.shape
     rows = block_rows(call, n_k)
     chunks = max(1, -(-m // max(1, chunk)))
-    lists, each = b * h * chunks, chunk * s
-    new, device = block_indices.new_empty, block_indices.device
-    order = new((b, h, chunks, each), dtype=torch.int32)
-    used = new((b, h, chunks, each), dtype=torch.int8)
-    total = order.numel()
-    if total == 0:
+    new = block_indices.new_empty
+    order = new((b, h, chunks, chunk * s), dtype=torch.int32)
+    used = new((b, h, chunks, chunk * s), dtype=torch.int8)
+    if order.numel() == 0:
         return order, new((b, h, chunks, rows + 1), dtype=torch.int32).zero_(), used
+    turn = _by_counting if _counts(rows, s, call) else _by_sorting
+    starts = turn(block_indices, order, used, call, rows, chunk, queries)
+    return order, starts.view(b, h, chunks, rows + 1), used
+
+
+def _by_counting(block_indices, order, used, call: Call, rows: int, chunk: int, queries: bool):
+    """A counting sort, a tile of neighbouring queries at a time.
+
+    Tiles are sorted within; what the tiles before hold of each block says where a tile's choices
+    of it go.  Memory beside the results: 4 bytes for each choice and 4 for each block of each
+    tile, which are 4 · rows / 2^log for each choice.
+    """
+    _, m, h, s = block_indices.shape
+    chunks, each = order.shape[2:]
+    lists = order.numel() // each
+    log = _log_width(rows, s)
+    tiles = triton.cdiv(chunk, 2**log // s)
+    keys = order.new_empty((lists * tiles, 2**log))
+    ends = order.new_zeros((lists * tiles, rows + 1))
+    tile_kernel[(lists * tiles,)](
+        block_indices, keys, ends.view(torch.int16), used, *block_indices.stride(),
+        h, m, call.offset, chunk, chunks, rows, tiles,
+        BLOCK=call.block_size, SLOTS=s, LOG=log, INTERPRETED=backend() == "interpreter",
+        num_warps=max(1, 2**log // _OF_WARP),
+    )  # fmt: skip
+    counts = order.new_zeros((lists, rows + 1))
+    shift_kernel[(lists, triton.cdiv(rows + 1, 32))](
+        ends, counts, rows, tiles, TILES=64, ROWS=32, num_warps=4,
+    )  # fmt: skip
+    starts = torch.cumsum(counts, -1, dtype=torch.int32)
+    place_kernel[(lists * tiles,)](
+        keys, ends, starts, order, chunk, chunks, rows, tiles,
+        SLOTS=s, LOG=log, QUERIES_ONLY=queries, num_warps=max(1, 2**log // 512),
+    )  # fmt: skip
+    return starts
+
+
+def _by_sorting(block_indices, order, used, call: Call, rows: int, chunk: int, queries: bool):
+    """A stable sort by block leaves the queries of one block in order.
+
+    Keys that fit are kept in 16 bits: a radix sort passes over them half as often.
+    """
+    _, m, h, s = block_indices.shape
+    chunks, each = order.shape[2:]
+    total, device = order.numel(), order.device
+    lists = total // each
     highest = lists * (rows + 1)
     dtype, shift = torch.int64, 0
     if highest <= 2**16:
         dtype, shift = torch.int16, 2**15
     elif highest < 2**31:
         dtype = torch.int32
-    keys = new((total,), dtype=dtype)
+    keys = order.new_empty((total,), dtype=dtype)
     wide = triton.next_power_of_2(s)
     tall = max(1, (2**14 if backend() == "interpreter" else 1024) // wide)
     keys_kernel[(triton.cdiv(total // s, tall),)](
@@ -482,7 +662,7 @@ def _turned(block_indices, call: Call, n_k: int, chunk: int, *, queries: bool):
     wanted = first + torch.arange(rows + 1, device=device) - shift
     starts = torch.searchsorted(keys, wanted.to(dtype), out_int32=True)
     begin = torch.arange(lists, device=device, dtype=torch.int32)[:, None] * each
-    return order, (starts - begin).view(b, h, chunks, rows + 1), used
+    return starts - begin
 
 
 def parts(starts: torch.Tensor, size: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
