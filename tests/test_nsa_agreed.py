@@ -82,9 +82,12 @@ def check_cut(case: Case, chosen, queries: int, groups: int, least: int, device)
     for b, picks in enumerate(counted(case, chosen)):
         for h, picks_h in enumerate(picks):
             for i, pick in enumerate(picks_h):
-                for slot, block in enumerate(chosen[b, i, h].tolist()):
-                    if block in pick and (b * case.heads + h, i, block) not in gone:
-                        left[b, i, h, slot] = block
+                row = [
+                    block
+                    for block in chosen[b, i, h].tolist()
+                    if block in pick and (b * case.heads + h, i, block) not in gone
+                ]
+                left[b, i, h, : len(row)] = torch.tensor(row, dtype=torch.int32)
     assert rest.dtype == torch.int32 and rest.is_contiguous() and torch.equal(rest.cpu(), left)
 
 
@@ -124,7 +127,7 @@ def test_forced_blocks_are_agreed_on_where_nothing_else_is(device):
     assert counts.tolist() == [[[5]]]
     assert [x % 2**24 for x in blocks[0, 0, 0, :5].tolist()] == [0, 396, 397, 398, 399]
     assert [x >> 24 for x in blocks[0, 0, 0, :5].tolist()] == [7, 1, 3, 6, 4]
-    assert (rest[..., :3] == -1).all() and torch.equal(rest[..., 3:].cpu(), chosen[..., 3:].int())
+    assert (rest[..., 2:] == -1).all() and torch.equal(rest[..., :2].cpu(), chosen[..., 3:].int())
 
 
 @pytest.mark.parametrize(("queries", "groups"), TILES)
@@ -165,11 +168,16 @@ def test_no_queries_or_no_slots(device):
 
 
 def test_what_fits():
-    assert fits(16, 64, 3) and fits(64, 64, 4) and fits(128, 32, 3)
-    assert not fits(65, 64, 3) and not fits(1, 8, 8)
+    assert fits(16, 64, 3) and fits(32, 64, 4) and fits(64, 32, 3)
+    assert not fits(33, 64, 3) and not fits(1, 8, 8)
 
 
 # -- both together ---------------------------------------------------------------------------------
+
+
+def without(chosen, rest):
+    """The choices that are not among the rest."""
+    return torch.where((chosen[..., None] == rest[..., None, :]).any(-1), -1, chosen)
 
 
 def both(least: int, cut=None, queries: int = 16):
@@ -180,7 +188,7 @@ def both(least: int, cut=None, queries: int = 16):
 
     def run(q, k, v, chosen, call):
         rest = cut(chosen) if cut else agreed(chosen, queries, 3, least, call)[1]
-        first = selection.by_queries(q, k, v, torch.where(rest == -1, chosen, -1), call)
+        first = selection.by_queries(q, k, v, without(chosen, rest), call)
         o, lse = by_keys.forward(q, k, v, rest, call, base=first)
         assert o is first[0] and lse is first[1]
         return o, lse
@@ -188,7 +196,7 @@ def both(least: int, cut=None, queries: int = 16):
     return run
 
 
-@pytest.mark.parametrize("least", [1, 4, 100])
+@pytest.mark.parametrize("least", [1, 4])
 @pytest.mark.parametrize(
     "case",
     [
@@ -224,7 +232,7 @@ def test_groups_of_lists_and_ranges_of_queries(device, monkeypatch):
 
     def run(q, k, v, chosen, call):
         rest = halves(chosen)
-        first = selection.by_queries(q, k, v, torch.where(rest == -1, chosen, -1), call)
+        first = selection.by_queries(q, k, v, without(chosen, rest), call)
         return by_keys.forward(q, k, v, rest, call, base=first, workspace=2000)
 
     check_forward(case, run, device)
@@ -302,16 +310,17 @@ for queries, groups, slots in json.load(sys.stdin):
     print(json.dumps((kernel.metadata.num_warps, *child._read_binary(kernel.asm["cubin"], False))))
 """
 
-WANTED = [(64, 3, 16), (16, 3, 16)]
+WANTED = [(64, 3, 16), (16, 3, 16), (64, 4, 32)]
 
 
 @pytest.mark.slow
 def test_the_kernel_fits_the_card():
-    """Nothing spilled, and at least two programs on a multiprocessor."""
+    """Nothing spilled, and at least two warps for each scheduler of a multiprocessor."""
     for name, (warps, usage, _) in compiled_elsewhere(CHILD, WANTED).items():
         numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
         assert int(numbers["STACK"]) + int(numbers["LOCAL"]) == 0, name
-        assert int(numbers["REG"]) * warps * 32 * 2 <= 65536, name
+        programs = 65536 // (int(numbers["REG"]) * warps * 32)
+        assert programs * warps >= 8, name
 
 
 # -- on a card -------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ __all__ = ["SAMPLES", "agreed", "fits"]
 #: lie over two neighbourhoods
 SAMPLES = 2
 #: choices of a tile that a program has registers for
-_MOST = 2**14
+_MOST = 2**13
 
 
 @triton.jit
@@ -162,8 +162,13 @@ def agreed_kernel(
     tl.debug_barrier()
     who = tl.load(table + WIDTH + tl.maximum(place, 0))
     gone = (place >= 0) & (((who >> (row // QUERIES)[:, None]) & 1) != 0)
-    at = ((batch * tokens + start + i) * heads + head) * S
-    tl.store(rest + at[:, None] + slot[None, :], tl.where(gone, -1, block), mask=inside)
+    left = (block >= 0) & ~gone
+    at = (((batch * tokens + start + i) * heads + head) * S)[:, None]
+    # Side by side at the front: who sums over the slots ends with the last that is left.
+    to, count = tl.cumsum(left.to(tl.int32), 1) - 1, tl.sum(left.to(tl.int32), 1)
+    tl.store(rest + at + to, block, mask=inside & left)
+    tl.store(rest + at + slot[None, :], tl.full([ROWS, SLOTS], -1, tl.int32),
+             mask=inside & (slot[None, :] >= count[:, None]))  # fmt: skip
 
 
 # -- launching -------------------------------------------------------------------------------------
@@ -201,8 +206,8 @@ def agreed(
         cap = min(candidates, blocks of the longest sequence): the bit of a group is set where it
         agreed, and other groups' words are 0, whoever of them chose the block.  Where nothing is
         agreed on, place 0 of ``blocks`` holds a 0.
-    rest : ``[B, M, H, S]`` int32, contiguous: the choices that count and are not agreed on, −1 in
-        the other slots.  A block that a query named twice is still named twice.
+    rest : ``[B, M, H, S]`` int32, contiguous: the choices that count and are not agreed on, in
+        their order, then −1.  A block that a query named twice is still named twice.
     """
     b, m, h, s = block_indices.shape
     assert least >= 1 and fits(s, queries, groups)
@@ -230,7 +235,7 @@ def agreed(
             dict(BLOCK=call.block_size, QUERIES=queries, GROUPS=groups, ROWS=rows, S=s, SLOTS=wide,
                  SAMPLES=SAMPLES, LOG=log, VARLEN=call.cu is not None,
                  INTERPRETED=backend() == "interpreter"),
-            Config(queries * groups, 0, min(8, max(1, rows * wide // 512)), 1),
+            Config(queries * groups, 0, min(16, max(1, rows * wide // 512)), 1),
         )  # fmt: skip
         if len(_launchers) > 2000:  # shapes that never come back
             _launchers.clear()

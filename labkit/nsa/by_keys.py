@@ -189,7 +189,8 @@ def merge_kernel(
     slot, use = near.to(tl.int64) * each + i * slots, used + which * each + i * slots
     all_ = there[:, None] & (n < slots * STEPS)[None, :]
     all_ = all_ & (tl.load(use[:, None] + n // STEPS, all_, 0) != 0)
-    if BASE and tl.max(tl.max(all_.to(tl.int32), 1), 0) == 0:
+    last = tl.max(tl.max(tl.where(all_, n[None, :] + 1, 0), 1), 0)
+    if BASE and last == 0:
         return
     places = ((slot * STEPS)[:, None] + n[None, :]) * GROUP + g[:, None]
     lse_n = tl.load(lse_parts + places, all_, float("-inf"))
@@ -202,7 +203,7 @@ def merge_kernel(
     safe = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp(lse_n - safe[:, None]), 1)
 
-    # -- the sum -----------------------------------------------------------------------------------
+    # -- the sum: what stands behind the last part of these rows costs no turn ---------------------
     column = tl.arange(0, BLOCK_DV)
     inside = there[:, None] & (column < DV)[None, :]
     o += (batch * stride_ob + token * stride_on + head_q * stride_oh)[:, None] + column[None, :]
@@ -212,7 +213,7 @@ def merge_kernel(
         total += weight
         acc = weight[:, None] * tl.load(o, inside, 0.0).to(tl.float32)
         tl.debug_barrier()  # other threads may read what one is about to replace
-    for s in tl.range(0, slots * STEPS):
+    for s in tl.range(0, last):
         counts = tl.load(use + s // STEPS, there, 0) != 0
         place = (slot * STEPS + s) * GROUP + g
         weight = tl.exp(tl.load(lse_parts + place, counts, float("-inf")) - safe)
