@@ -175,7 +175,7 @@ def test_a_union_has_as_many_words_as_the_kernel_reads(device, group):
         assert sum((x % 2**32).bit_count() for x in found) == 70
 
 
-@pytest.mark.parametrize(("blocks", "road"), [(9 * 16, "hopper"), (9 * 16 + 1, "keys")])
+@pytest.mark.parametrize(("blocks", "road"), [(9 * 16, "hopper"), (9 * 16 + 1, "both")])
 def test_a_small_group_goes_along_unions_where_there_are_few_blocks(monkeypatch, blocks, road):
     monkeypatch.setattr(selection, "card", lambda q: (90, 0, 0, 0))
     q, k = (torch.zeros(1, 1024, h, 64, dtype=torch.float16).as_subclass(OnHopper) for h in (4, 4))
@@ -183,11 +183,50 @@ def test_a_small_group_goes_along_unions_where_there_are_few_blocks(monkeypatch,
     call = replace(CALL, max_q=1024, max_k=64 * blocks)
     assert selection._choose(q, k, k, 16, call) == road
     assert selection._choose(q, k[:, :, :1], k[:, :, :1], 16, call) == road
+    # more slots than a program of agreed.py has registers for
+    assert selection._choose(q, k, k, 65, replace(call, max_k=64 * (9 * 65 + 1))) == "keys"
     few = q[:, :1000]  # what they would share, a tile would mostly not have
     assert selection._choose(few, k, k, 16, call) == "queries"
     assert selection._choose(few, k[:, :, :1], k[:, :, :1], 16, call) == "hopper"
     q = q.repeat(1, 1, 2, 1)  # groups of 8
     assert selection._choose(q, k[:, :, :1], k[:, :, :1], 16, call) == "hopper"
+
+
+def named(union, queries, groups, m):
+    """``[B, M, H, cap]``: the blocks that a tile's warpgroups read for each query, else −1."""
+    blocks, members, counts = union
+    b, h, _, cap = blocks.shape
+    bits, words = min(queries, 32), -(-queries // 32)
+    i = torch.arange(m)
+    tile, at = i // (queries * groups), i % (queries * groups)
+    group, word, bit = at // queries, at // bits, at % bits
+    entry, there = blocks[:, :, tile], torch.arange(cap) < counts[:, :, tile, None]
+    mine = (entry >> (24 + group)[:, None]) & 1
+    asked = members[:, :, tile, :, :].gather(-1, word.view(1, 1, m, 1, 1).expand(b, h, m, cap, 1))
+    chose = (asked[..., 0] >> bit[:, None]) & 1
+    assert members.shape[-1] == groups * words
+    found = torch.where(there & (mine == 1) & (chose == 1), entry & 0xFFFFFF, -1)
+    return found.transpose(1, 2).contiguous()
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("pattern", ["random", "messy", "all"])
+def test_what_is_agreed_goes_by_hand_and_the_rest_by_keys(monkeypatch, group, pattern):
+    """Where no card is, ``by_queries`` reads what the kernel by hand would be given."""
+    if torch.cuda.is_available():
+        pytest.skip("on a card the kernel itself is judged")
+    case, given = Case(300, group=group, heads=2, d=64, block=8, slots=4, pattern=pattern), []
+
+    def stand_in(q, k, v, block_indices, call, *, config, union):
+        config_words = hopper._words(group, config)
+        assert config_words and union[1].shape[-1] == config_words
+        mine = named(union, 64 // group, hopper.groups_of(config), q.shape[1])
+        given.append(mine)
+        return selection.by_queries(q, k, v, mine, call)
+
+    monkeypatch.setattr(hopper, "forward", stand_in)
+    check_forward(case, lambda *a: selection.forward(*a, road="both"), "cpu")
+    assert given and all((mine >= 0).any() for mine in given)
 
 
 # -- the sum as its last step --------------------------------------------------------------------
@@ -258,14 +297,22 @@ def test_small_groups_are_within_the_bound(case):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_what_is_agreed_and_the_rest_are_within_the_bound(case):
+    check_forward(case, lambda *a: selection.forward(*a, road="both"), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("road", ["hopper", "both"])
 @pytest.mark.parametrize("group", [1, 2, 4])
-def test_small_groups_give_equal_bits_each_time(group):
+def test_small_groups_give_equal_bits_each_time(group, road):
     case = Case(2000, group=group, heads=4, d=128, block=64, slots=16, dtype="bfloat16")
     q, k, v, _, _, chosen = make(case, "cuda")
     call = call_of(case, "cuda")
-    first = selection.forward(q, k, v, chosen, call, road="hopper")
+    first = selection.forward(q, k, v, chosen, call, road=road)
     for _ in range(50):
-        again = selection.forward(q, k, v, chosen, call, road="hopper")
+        again = selection.forward(q, k, v, chosen, call, road=road)
         assert all(map(torch.equal, first, again))
 
 

@@ -180,7 +180,7 @@ def test_nothing_to_attend_to_gives_zero(device):
 
 def test_small_groups_go_by_keys_and_large_ones_by_queries(device, monkeypatch):
     went = []
-    monkeypatch.setattr(by_keys, "forward", lambda *a: went.append("keys"))
+    monkeypatch.setattr(by_keys, "forward", lambda *a, base: went.append("keys"))
     monkeypatch.setattr(selection, "by_queries", lambda *a: went.append("queries"))
     monkeypatch.setattr(selection, "hopper", lambda module: None)
     for case in (Case(2048, group=2), Case(2048, group=16), Case(10, group=2)):

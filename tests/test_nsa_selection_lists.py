@@ -259,7 +259,7 @@ def test_lists_are_counted_where_a_tile_fits_and_rows_are_few(monkeypatch):
     monkeypatch.setattr(lists, "COUNTING", False)
     assert not lists._counts(128, 16, call)
     widths = [lists._log_width(rows, slots) for rows, slots in ((1, 1), (512, 16), (4096, 16))]
-    assert widths == [9, 10, 11] and lists._log_width(1, 1025) == 11
+    assert widths == [9, 10, 10] and lists._log_width(1, 1025) == 11
 
 
 def test_every_list_is_cut_into_pieces_that_cover_it_once(device):

@@ -92,6 +92,9 @@ def warm(whose: str, dtype: str, seq_len: int = 0) -> None:
         torch.autograd.grad(nsa_speed._selection(shape, x, blocks), qkv, x["do"])
         with torch.no_grad():
             nsa_speed._selection(shape, x, blocks)
+            for road in ("keys", "both") if shape.group < 8 else ():
+                with suppress(Exception):
+                    _step(road, shape, x, blocks)()
     elif whose == "topk":
         for count in (4, 16, 64):
             nsa_speed._chosen(Shape(seq_len=16384, count=count, dtype=dtype), x)

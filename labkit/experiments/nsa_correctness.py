@@ -106,7 +106,7 @@ def suite() -> Suite:
     return Suite(
         worker="labkit.experiments._nsa_worker",
         tensors=TENSORS, representative=representative(), repeated=repeated(), watched=watched(),
-        groups={"": ["default", "queries", "keys", "inference"], "_by_hand": ["by_hand"]},
+        groups={"": ["default", "queries", "keys", "inference"], "_by_hand": ["by_hand", "both"]},
         facts=_facts, timeout_s=200,
     )  # fmt: skip
 

@@ -142,7 +142,7 @@ def _plan(quick: bool, device: str) -> dict[str, Any]:
         "branches": [8192, 65536, 32768, 2048, 4096, 16384, 131072],
         "roads": [(n, pattern) for n in (32768, 8192) for pattern in PATTERNS],
         "groups": [*((8192, g, p) for p in PATTERNS for g in (16, 1, 2, 4, 8, 32, 64)),
-                   *((32768, g, p) for p in PATTERNS for g in (16, 1, 4))],
+                   *((32768, g, p) for p in PATTERNS for g in (16, 1, 2, 4))],
         "memory": [(8192, 32768)],
         "error": ["rows", "gradients"],
         "topk": [*topk, *(("s", s) for s in (4, 16, 64))],
@@ -180,7 +180,8 @@ def run(
         and ``whole.<who>.<pattern>.<pass>.n<T>`` (s), ``….vs_fla.…`` (our time over theirs) and
         ``….speedup.…`` (dense over ours), ``crossover.<what>.<pattern>.<pass>`` (tokens),
         ``branch.<name>.<pass>.n<T>``, ``road.<road>.<pattern>.<pass>.n<T>``,
-        ``group.labkit.<pattern>.<pass>.g<G>`` (8,192 tokens; else with ``.n<T>``), ``error.…``,
+        ``group.labkit.<pattern>.<pass>.g<G>`` (8,192 tokens; else with ``.n<T>``),
+        ``group.road.<road>.<pattern>.forward.g<G>.n<T>`` (groups below 8), ``error.…``,
         ``topk.…``, ``model.…`` and ``union.…``; with
         those parts ``memory.<what>.…``, ``l2.<step>.<pattern>`` and ``hbm.…``.
         ``rows``: one per measured function, ``part`` as in the list above.
@@ -857,6 +858,31 @@ def _groups(
             how = f"selection, {who}, {what}, {pattern}, 64 heads in groups of {group}, T = {n}"
             key = f"group.{who}.{pattern}.{what}.g{group}"
             result.add(key if n == 8192 else f"{key}.n{n}", seconds, "s", how)
+    if group < 8:
+        _group_roads(result, plan, labels, [q.detach() for q in qkv], blocks, _call_of(shape))
+
+
+def _group_roads(
+    result: Result, plan: dict[str, Any], labels: dict[str, Any], qkv: list, blocks, call
+) -> None:
+    """The forward pass of a small group by each road, where all of them can be taken."""
+    import torch
+
+    from labkit.nsa import selection
+
+    module = selection.hopper("hopper")
+    if module is None or not module.supports(*qkv, call):
+        return
+    n, group, pattern = (labels[name] for name in ("seq_len", "group", "pattern"))
+    with torch.no_grad():
+        functions = {
+            road: functools.partial(selection.forward, *qkv, blocks, call, road=road)
+            for road in ("keys", "hopper", "both")
+        }
+        times = _race(result, plan, functions, {**labels, "pass": "forward by road"})
+    for road, seconds in times.items():
+        how = f"selection by {road}, forward, {pattern}, groups of {group}, T = {n}; in turns"
+        result.add(f"group.road.{road}.{pattern}.forward.g{group}.n{n}", seconds, "s", how)
 
 
 # -- memory ----------------------------------------------------------------------------------------

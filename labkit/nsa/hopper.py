@@ -453,7 +453,12 @@ def _words(share: int, config: Config) -> int:
     """Words of ``members`` for a block; 0: one for all warpgroups, a bit for each query."""
     if tile_of(share, config) <= 32:
         return 0
-    return _GROUPS[config.by_hand][0] * triton.cdiv(64 // share, 32)
+    return groups_of(config) * triton.cdiv(64 // share, 32)
+
+
+def groups_of(config: Config) -> int:
+    """Warpgroups that compute."""
+    return _GROUPS[config.by_hand][0]
 
 
 def config_for(q: torch.Tensor, k: torch.Tensor, call: Call) -> Config | None:
@@ -468,8 +473,7 @@ def config_for(q: torch.Tensor, k: torch.Tensor, call: Call) -> Config | None:
 def unions(block_indices, share: int, config: Config, call: Call, n_k: int):
     """What the queries of each program chose, as :func:`forward` wants it."""
     if _words(share, config):
-        groups = _GROUPS[config.by_hand][0]
-        return lists.unions_by_group(block_indices, 64 // share, groups, call)
+        return lists.unions_by_group(block_indices, 64 // share, groups_of(config), call)
     return lists.unions(block_indices, tile_of(share, config), call, n_k)
 
 

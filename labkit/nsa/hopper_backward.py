@@ -77,7 +77,7 @@ _kernel = jit(
 
 LOG2E = _log2(e)
 #: bytes for the shares of dQ and the partial sums of one group of lists
-WORKSPACE = 9 * 2**28
+WORKSPACE = 12 * 2**28
 #: slots of the ring of Q and dO
 STAGES = 4
 
@@ -1024,7 +1024,7 @@ def backward(
     shared = dict(VARLEN=call.cu is not None, HALVINGS=lists.steps_for(call),
                   SEQUENCES=call.sequences or 1)  # fmt: skip
     queries = max(1, 2048 // d)
-    tokens, pieces = (64, 1) if group < 8 else (4, 8)  # a small group's list is mostly one piece
+    tokens, pieces = (16, 1) if group < 8 else (4, 8)  # a small group's list is mostly one piece
     for low, number in turned.groups():
         total = number * turned.pieces
         items_kernel[(triton.cdiv(total, 16),)](

@@ -557,11 +557,11 @@ def by_slot(
 #: how lists are turned: True counts, False sorts; None: as :func:`_counts` says
 COUNTING = None
 #: choices of a tile that is sorted at once: the fewest, the most, and how many for each row
-_LEAST, _MOST, _PER_ROW = 2**9, 2**11, 2
+_LEAST, _MOST, _PER_ROW = 2**9, 2**10, 2
 #: choices that a warp sorts
 _OF_WARP = 2**9
 #: with more rows the counts would take more memory than the choices do
-_ROWS = 4096
+_ROWS = 2048
 
 
 def _counts(rows: int, slots: int, call: Call) -> bool:

@@ -8,7 +8,7 @@ Query i of head h reads the tokens of the blocks that it (with the rest of its g
 
 and from there on it is the online softmax of chapter 07.  Taken query by query, K and V of every
 choice travel from L2 to a multiprocessor once per query: that is what stops such a kernel, long
-before its products do.  Three roads read less:
+before its products do.  These roads read less:
 
 by queries (this file)
     a program owns neighbouring queries with all heads of their group, and walks along the *union*
@@ -20,11 +20,14 @@ by keys (``by_keys.py``)
     may be 1, but every (query, choice) leaves a partial result in memory.
 by hand (``hopper.py``)
     the union road in Gluon: more queries to a program, one warp that loads for all of them.
+both (``agreed.py``)
+    what enough of a tile's queries chose goes by hand, and the rest of each query's choice by keys.
 
 By hand is first where Hopper and the tensors allow it.  A group of fewer than 8 heads needs many
 queries for a tile, whose union may be all blocks: it goes by hand up to ``_BLOCKS_PER_SLOT`` blocks
-for each slot, and by keys beyond that.  Where queries are few, groups of 1 and 2 go by queries and
-groups of 4 by hand.  Larger groups go by queries where they cannot go by hand.
+for each slot, and both ways beyond that; by keys where it cannot.  Where queries are few, groups of
+1 and 2 go by queries and groups of 4 by hand.  Larger groups go by queries where they cannot go by
+hand.
 
 The mask is one comparison per score: a row's limit is its own position inside the block, or −1 if
 its query did not choose the block.
@@ -61,6 +64,9 @@ _FEW = 1024
 #: which read them all, should be no slower together than each for itself by keys (timed on an H200
 #: while this was written; no record has both roads)
 _BLOCKS_PER_SLOT = 9
+#: both ways: a block that so many of a warpgroup's 64 rows (queries × group) chose goes along the
+#: union, since their parts by keys should take as long as all 64 there (timed as above)
+_ROWS_AGREE = 16
 
 
 # -- tiles that several kernels of this package share --------------------------------------------
@@ -367,8 +373,8 @@ def forward(
     q : ``[B, M, HQ, D]``.
     k, v : ``[B, N, H, D]`` and ``[B, N, H, V]``.
     block_indices : ``[B, M, H, S]`` int32 or int64, −1 for an unused slot.
-    road : ``"queries"``, ``"keys"`` or ``"hopper"`` overrules the choice; tests and experiments
-        use it.
+    road : ``"queries"``, ``"keys"``, ``"hopper"`` or ``"both"`` (groups below 8) overrules the
+        choice; tests and experiments use it.
 
     Returns
     -------
@@ -383,11 +389,25 @@ def forward(
             road = _choose(q, k, v, block_indices.shape[3], call)
         if road == "hopper":
             return hopper("hopper").forward(q, k, v, block_indices, call)
-        if road == "keys":
+        if road in ("keys", "both"):
             from labkit.nsa import by_keys
 
-            return by_keys.forward(q, k, v, block_indices, call)
+            base = None
+            if road == "both":
+                base, block_indices = _along_what_is_agreed(q, k, v, block_indices, call)
+            return by_keys.forward(q, k, v, block_indices, call, base=base)
         return by_queries(q, k, v, block_indices, call)
+
+
+def _along_what_is_agreed(q, k, v, block_indices, call: Call):
+    """O and LSE over the blocks that enough neighbours chose, and the rest of the choice."""
+    from labkit.nsa import agreed
+
+    module, group = hopper("hopper"), q.shape[2] // k.shape[2]
+    config = module.CONFIGS[q.shape[3]][0]
+    least = max(1, _ROWS_AGREE // group)
+    union, rest = agreed.agreed(block_indices, 64 // group, module.groups_of(config), least, call)
+    return module.forward(q, k, v, block_indices, call, config=config, union=union), rest
 
 
 def forward_sum(
@@ -427,12 +447,19 @@ def forward_sum(
 
 def _choose(q, k, v, slots: int, call: Call) -> str:
     """The road for these tensors, by their shapes only: whether neighbours share is not known."""
+    from labkit.nsa import agreed
+
     group, few = q.shape[2] // k.shape[2], q.shape[1] < _FEW
     small = group < _BY_QUERIES_FROM
-    # Few queries of a small group would leave a tile by hand empty, and parts need many.
-    loses = group < 4 if few else call.blocks > _BLOCKS_PER_SLOT * slots
-    if card(q)[0] == 90 and not (small and loses):
-        module = hopper("hopper")
-        if module is not None and module.supports(q, k, v, call):
+    module = hopper("hopper") if card(q)[0] == 90 else None
+    if module is not None and module.supports(q, k, v, call):
+        if not small:
             return "hopper"
+        # Few queries of a small group would leave a tile by hand empty.
+        if few:
+            return "queries" if group < 4 else "hopper"
+        if call.blocks <= _BLOCKS_PER_SLOT * slots:
+            return "hopper"
+        groups = module.groups_of(module.CONFIGS[q.shape[3]][0])
+        return "both" if agreed.fits(slots, 64 // group, groups) else "keys"
     return "keys" if small and not few else "queries"
