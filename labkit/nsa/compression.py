@@ -400,13 +400,21 @@ def _gather_dkdv(
             dout, place, start, head, first, Nq, stride_gb, stride_gn, stride_gh, stride_gd,
             BLOCK_M, HEADS, GROUP, DV, BLOCK_DV, DESCRIPTOR, MASKED, WIDE,
         )  # fmt: skip
-        dv = tl.dot(pt.to(dO.dtype), dO, dv, input_precision=PRECISION)
+        if EXACT:
+            # A tile's sum for itself: thousands of products one after the other would cost float32
+            # several times the error of a product that adds them in short runs.
+            dv += tl.dot(pt, dO, input_precision=PRECISION)
+        else:
+            dv = tl.dot(pt.to(dO.dtype), dO, dv, input_precision=PRECISION)
         dpt = tl.dot(V, dO.T, input_precision=PRECISION)  # dPᵀ
         delta_i = load_numbers(
             delta, place, start, head, first, Nq, M, heads, 0.0, BLOCK_M, HEADS, GROUP, MASKED
         )
         dst = pt * (dpt - delta_i[None, :])  # dSᵀ
-        dk = tl.dot(dst.to(Q.dtype), Q, dk, input_precision=PRECISION)
+        if EXACT:
+            dk += tl.dot(dst, Q, input_precision=PRECISION)
+        else:
+            dk = tl.dot(dst.to(Q.dtype), Q, dk, input_precision=PRECISION)
     return dk, dv
 
 
