@@ -169,7 +169,7 @@ def test_no_queries_or_no_slots(device):
 
 def test_what_fits():
     assert fits(16, 64, 3) and fits(32, 64, 4) and fits(64, 32, 3)
-    assert not fits(33, 64, 3) and not fits(1, 8, 8)
+    assert not fits(33, 64, 3) and not fits(1, 8, 8) and not fits(65, 16, 3)
 
 
 # -- both together ---------------------------------------------------------------------------------

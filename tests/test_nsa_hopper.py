@@ -185,6 +185,9 @@ def test_a_small_group_goes_along_unions_where_there_are_few_blocks(monkeypatch,
     assert selection._choose(q, k[:, :, :1], k[:, :, :1], 16, call) == road
     # more slots than a program of agreed.py has registers for
     assert selection._choose(q, k, k, 65, replace(call, max_k=64 * (9 * 65 + 1))) == "keys"
+    # nor with as many tiles for each of many short sequences as for the longest
+    ragged = replace(call, max_k=64 * (9 * 16 + 1), cu=torch.tensor([0, 1000, 1024]))
+    assert selection._choose(q, k, k, 16, ragged) == "keys"
     few = q[:, :1000]  # what they would share, a tile would mostly not have
     assert selection._choose(few, k, k, 16, call) == "queries"
     assert selection._choose(few, k[:, :, :1], k[:, :, :1], 16, call) == "hopper"

@@ -19,7 +19,8 @@ from a result with the reason among its notes:
 ``roads``
     selection by queries, by keys, and by hand: the same problem, each way.
 ``groups``
-    G = 1 … 64 with the same number of query heads: the same useful operations.
+    G = 1 … 64 with the same number of query heads: the same useful operations.  Groups below 8
+    forward by each of their roads, too.
 ``memory``
     bytes that a call holds, at two lengths.
 ``error``

@@ -83,6 +83,10 @@ def agreed_kernel(
         start = tl.load(cu + sequence).to(tl.int64)
         end = (tl.load(cu + sequence + 1) - start).to(tl.int32)
     begin = tile * (GROUPS * QUERIES)
+    if VARLEN and begin >= end:  # a tile that only longer sequences have
+        tl.store(counts + x, 0)
+        tl.store(blocks + x.to(tl.int64) * cap, 0)
+        return
     chosen += batch * stride_cb + head * stride_ch + start * stride_cm
 
     # -- all choices: asked for before they are needed ---------------------------------------------
@@ -182,7 +186,8 @@ def _rows(queries: int, groups: int) -> int:
 
 def fits(slots: int, queries: int, groups: int) -> bool:
     """Whether a program has room for the choices of a tile."""
-    return groups <= 7 and _rows(queries, groups) * triton.next_power_of_2(slots) <= _MOST
+    width = triton.next_power_of_2(slots)
+    return groups <= 7 and width <= 64 and _rows(queries, groups) * width <= _MOST
 
 
 def agreed(
@@ -191,6 +196,7 @@ def agreed(
     """The blocks on which ``least`` queries of a group agree, and what is left of the choice.
 
     Time and memory grow with the choice: a tile has ``groups · SAMPLES · S`` candidates at most.
+    A ragged batch has as many tiles for each sequence as the longest one has.
 
     Parameters
     ----------

@@ -486,7 +486,8 @@ def forward(q, k, v, block_indices, call: Call, *, config=None, union=None, more
     k, v : ``[B, N, H, D]``, M ≤ N.
     block_indices : ``[B, M, H, S]`` int32 or int64, −1 for an unused slot.
     config : one of :data:`CONFIGS`; None: the first that serves.
-    union : what :func:`unions` gave, if it is known.
+    union : what :func:`unions` gave, if it is known; or what ``agreed.agreed`` gave for
+        ``config``, for attention to what is in it.  ``block_indices`` is not read then.
     more : ``(others, gates)``: the outputs of one or two other branches, ``[B, M, HQ, D]`` in q's
         dtype, readable by the copy engine, and ``[1 + others, B, M, HQ]`` contiguous gates, that
         of this branch first.  Only where :func:`can_add` says so.

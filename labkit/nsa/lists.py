@@ -599,8 +599,8 @@ def _by_counting(block_indices, order, used, call: Call, rows: int, chunk: int, 
     """A counting sort, a tile of neighbouring queries at a time.
 
     Tiles are sorted within; what the tiles before hold of each block says where a tile's choices
-    of it go.  Memory beside the results: 4 bytes for each choice and 4 for each block of each
-    tile, which are 4 · rows / 2^log for each choice.
+    of it go.  Memory beside the results: 4 bytes for each place of a tile, and 4 for each block of
+    each tile, which are 4 · rows / 2^log for each place.
     """
     _, m, h, s = block_indices.shape
     chunks, each = order.shape[2:]

@@ -60,9 +60,9 @@ LOG2E = math.log2(math.e)
 _BY_QUERIES_FROM = 8
 #: below this many queries a launch more costs more than rows in vain
 _FEW = 1024
-#: a smaller group, by hand: up to so many blocks for each slot even neighbours that share nothing,
-#: which read them all, should be no slower together than each for itself by keys (timed on an H200
-#: while this was written; no record has both roads)
+#: a smaller group, by hand alone: up to so many blocks for each slot even neighbours that share
+#: nothing, which read them all, should be no slower than by keys (the record ``nsa_speed`` has the
+#: roads of small groups at 8,192 and 32,768 tokens; where they cross is between)
 _BLOCKS_PER_SLOT = 9
 #: both ways: a block that so many of a warpgroup's 64 rows (queries × group) chose goes along the
 #: union, since their parts by keys should take as long as all 64 there (timed as above)
@@ -380,6 +380,12 @@ def forward(
     -------
     o : ``[B, M, HQ, V]`` in q's dtype; 0 for a query that chose nothing.
     lse : ``[B, HQ, M]`` float32, natural logarithm; −∞ for such a query.
+
+    Notes
+    -----
+    NaN and infinities in a block may reach neighbours that did not choose it, since 0 · NaN is NaN:
+    queries of one tile along unions, and of one warpgroup where it agreed on the block.  By keys
+    they reach nobody else.
     """
     with _On(q):
         if 0 in (call.max_q, call.max_k, block_indices.shape[3], q.numel(), v.shape[3]):
@@ -404,6 +410,7 @@ def _along_what_is_agreed(q, k, v, block_indices, call: Call):
     from labkit.nsa import agreed
 
     module, group = hopper("hopper"), q.shape[2] // k.shape[2]
+    assert group < _BY_QUERIES_FROM  # larger ones have tiles of another format
     config = module.CONFIGS[q.shape[3]][0]
     least = max(1, _ROWS_AGREE // group)
     union, rest = agreed.agreed(block_indices, 64 // group, module.groups_of(config), least, call)
@@ -447,19 +454,22 @@ def forward_sum(
 
 def _choose(q, k, v, slots: int, call: Call) -> str:
     """The road for these tensors, by their shapes only: whether neighbours share is not known."""
-    from labkit.nsa import agreed
-
     group, few = q.shape[2] // k.shape[2], q.shape[1] < _FEW
     small = group < _BY_QUERIES_FROM
-    module = hopper("hopper") if card(q)[0] == 90 else None
-    if module is not None and module.supports(q, k, v, call):
-        if not small:
-            return "hopper"
-        # Few queries of a small group would leave a tile by hand empty.
-        if few:
-            return "queries" if group < 4 else "hopper"
-        if call.blocks <= _BLOCKS_PER_SLOT * slots:
-            return "hopper"
-        groups = module.groups_of(module.CONFIGS[q.shape[3]][0])
-        return "both" if agreed.fits(slots, 64 // group, groups) else "keys"
+    # Few queries of a small group would leave a tile by hand empty.
+    if card(q)[0] == 90 and not (few and group < 4):
+        module = hopper("hopper")
+        if module is not None and module.supports(q, k, v, call):
+            if few or not small or call.blocks <= _BLOCKS_PER_SLOT * slots:
+                return "hopper"
+            if _can_agree(group, slots, call, module.CONFIGS[q.shape[3]][0]):
+                return "both"
     return "keys" if small and not few else "queries"
+
+
+def _can_agree(group: int, slots: int, call: Call, config: Config) -> bool:
+    """Whether a choice can be cut in two for tiles of such a configuration."""
+    from labkit.nsa import agreed
+
+    # A ragged batch has as many tiles for each sequence as for the longest: mostly empty ones.
+    return call.cu is None and agreed.fits(slots, 64 // group, config.block_m // 64)
