@@ -370,7 +370,7 @@ def first_token(key, offset, LENGTH: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def _gather_dkdv(
+def _gather_run(
     dk, dv, K, V, q, dout, base, delta, place, start, head, j, Nq, M, C, heads, offset,
     c, scale, lo, hi, stride_qb, stride_qn, stride_qh, stride_qd,
     stride_gb, stride_gn, stride_gh, stride_gd,
@@ -400,21 +400,50 @@ def _gather_dkdv(
             dout, place, start, head, first, Nq, stride_gb, stride_gn, stride_gh, stride_gd,
             BLOCK_M, HEADS, GROUP, DV, BLOCK_DV, DESCRIPTOR, MASKED, WIDE,
         )  # fmt: skip
-        if EXACT:
-            # A tile's sum for itself: thousands of products one after the other would cost float32
-            # several times the error of a product that adds them in short runs.
-            dv += tl.dot(pt, dO, input_precision=PRECISION)
-        else:
-            dv = tl.dot(pt.to(dO.dtype), dO, dv, input_precision=PRECISION)
+        dv = tl.dot(pt.to(dO.dtype), dO, dv, input_precision=PRECISION)
         dpt = tl.dot(V, dO.T, input_precision=PRECISION)  # dPᵀ
         delta_i = load_numbers(
             delta, place, start, head, first, Nq, M, heads, 0.0, BLOCK_M, HEADS, GROUP, MASKED
         )
         dst = pt * (dpt - delta_i[None, :])  # dSᵀ
-        if EXACT:
-            dk += tl.dot(dst, Q, input_precision=PRECISION)
-        else:
-            dk = tl.dot(dst.to(Q.dtype), Q, dk, input_precision=PRECISION)
+        dk = tl.dot(dst.to(Q.dtype), Q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _gather_dkdv(
+    dk, dv, K, V, q, dout, base, delta, place, start, head, j, Nq, M, C, heads, offset,
+    c, scale, lo, hi, stride_qb, stride_qn, stride_qh, stride_qd,
+    stride_gb, stride_gn, stride_gh, stride_gd,
+    GROUP: tl.constexpr, HEADS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """:func:`_gather_run`; in float32 in runs of 256 rows, each summed for itself.
+
+    Thousands of products one after the other would cost float32 several times the error of a
+    product that adds them in short runs.
+    """
+    if K.dtype == tl.float32:
+        RUN: tl.constexpr = max(256, BLOCK_M) // HEADS
+        for first in tl.range(lo, hi, RUN):
+            dk_run, dv_run = _gather_run(
+                tl.zeros_like(dk), tl.zeros_like(dv), K, V, q, dout, base, delta, place, start,
+                head, j, Nq, M, C, heads, offset, c, scale, first, tl.minimum(first + RUN, hi),
+                stride_qb, stride_qn, stride_qh, stride_qd,
+                stride_gb, stride_gn, stride_gh, stride_gd, GROUP, HEADS, D, DV, BLOCK_D, BLOCK_DV,
+                BLOCK_M, LENGTH, STRIDE, DESCRIPTOR, WIDE, PRECISION, MASKED,
+            )  # fmt: skip
+            dk += dk_run
+            dv += dv_run
+    else:
+        dk, dv = _gather_run(
+            dk, dv, K, V, q, dout, base, delta, place, start, head, j, Nq, M, C, heads, offset,
+            c, scale, lo, hi, stride_qb, stride_qn, stride_qh, stride_qd,
+            stride_gb, stride_gn, stride_gh, stride_gd, GROUP, HEADS, D, DV, BLOCK_D, BLOCK_DV,
+            BLOCK_M, LENGTH, STRIDE, DESCRIPTOR, WIDE, PRECISION, MASKED,
+        )  # fmt: skip
     return dk, dv
 
 
