@@ -212,13 +212,14 @@ def named(union, queries, groups, m):
     return found.transpose(1, 2).contiguous()
 
 
-@pytest.mark.parametrize("group", [1, 2, 4])
-@pytest.mark.parametrize("pattern", ["random", "messy", "all"])
+@pytest.mark.parametrize(
+    ("group", "pattern"), [(1, "random"), (1, "messy"), (2, "all"), (4, "messy")]
+)
 def test_what_is_agreed_goes_by_hand_and_the_rest_by_keys(monkeypatch, group, pattern):
     """Where no card is, ``by_queries`` reads what the kernel by hand would be given."""
     if torch.cuda.is_available():
         pytest.skip("on a card the kernel itself is judged")
-    case, given = Case(300, group=group, heads=2, d=64, block=8, slots=4, pattern=pattern), []
+    case, given = Case(250, group=group, heads=2, d=64, block=8, slots=4, pattern=pattern), []
 
     def stand_in(q, k, v, block_indices, call, *, config, union):
         config_words = hopper._words(group, config)

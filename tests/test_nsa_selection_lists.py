@@ -196,8 +196,8 @@ def by_hand(case: Case, chosen, length: int):
 
 #: case, range, choices of a tile: slots that are no power of two, one slot, more blocks than that
 TILED = [
-    (Case(333, slots=5, block=16, batch=2, pattern="messy"), 333, 2**7),
-    (Case(333, slots=5, block=16, heads=2, pattern="messy"), 200, 2**6),
+    (Case(133, slots=5, block=16, batch=2, pattern="messy"), 133, 2**7),
+    (Case(233, slots=5, block=32, heads=2, pattern="messy"), 140, 2**6),
     (Case(190, 700, slots=16, block=8, pattern="messy"), 190, 2**8),
     (Case(260, slots=1, block=2, pattern="messy"), 131, 2**6),
     (Case(97, 1500, slots=9, block=1, pattern="messy"), 50, 2**6),
