@@ -195,7 +195,6 @@ def both(least: int, cut=None, queries: int = 16):
     return run
 
 
-@pytest.mark.parametrize("least", [2])
 @pytest.mark.parametrize(
     "case",
     [
@@ -207,8 +206,8 @@ def both(least: int, cut=None, queries: int = 16):
     ],
     ids=str,
 )  # fmt: skip
-def test_attention_to_both_is_attention_to_all(case, least, device):
-    check_forward(case, both(least), device)
+def test_attention_to_both_is_attention_to_all(case, device):
+    check_forward(case, both(2), device)
 
 
 def halves(chosen):
