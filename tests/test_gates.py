@@ -434,7 +434,7 @@ def test_make_says_that_venv_is_missing(bare):
     assert "Python 3.11.2 lacks venv" in done.stderr and "python3-venv" in done.stderr
 
 
-def test_ci_runs_the_tests_then_the_book_and_stops_at_the_first_failure(tmp_path):
+def test_ci_builds_the_book_then_runs_the_tests_and_stops_at_the_first_failure(tmp_path):
     ci = ROOT / ".ci/run"
     assert os.access(ci, os.X_OK)
     (tmp_path / ".ci").mkdir()
@@ -442,10 +442,12 @@ def test_ci_runs_the_tests_then_the_book_and_stops_at_the_first_failure(tmp_path
     makefile = tmp_path / "Makefile"
     makefile.write_text("test:\n\t@echo ran-test CI=$$CI\nbook:\n\t@echo ran-book\n")
     done = run(str(tmp_path / ".ci/run"), cwd=Path("/"))
-    assert done.returncode == 0 and done.stdout.split() == ["ran-test", "CI=true", "ran-book"]
-    makefile.write_text("test:\n\t@echo ran-test; exit 1\nbook:\n\t@echo ran-book\n")
+    assert done.returncode == 0 and done.stdout.split() == ["ran-book", "ran-test", "CI=true"]
+    makefile.write_text("test:\n\t@echo ran-test\nbook:\n\t@echo ran-book; exit 1\n")
     done = run(str(tmp_path / ".ci/run"), cwd=Path("/"))
-    assert done.returncode != 0 and "ran-book" not in done.stdout
+    assert done.returncode != 0 and "ran-test" not in done.stdout
+    makefile.write_text("test:\n\t@exit 1\nbook:\n\t@echo ran-book\n")
+    assert run(str(tmp_path / ".ci/run"), cwd=Path("/")).returncode != 0
 
 
 def test_without_a_browser_ci_fails_and_a_laptop_is_told_what_to_do(tmp_path):
