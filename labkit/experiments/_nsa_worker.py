@@ -352,15 +352,13 @@ def roads(q, k, v, g_cmp, g_slc, g_swa, dout, blocks, counts, case: Case) -> lis
         return ["default", "inference"] if case.part == "whole" else ["default"]
     found = ["default", "queries", "keys"]
     try:
-        from labkit.nsa import agreed, hopper, hopper_backward
+        from labkit.nsa import hopper, hopper_backward, selection
     except ImportError:
         return found
     call = _call(q, k, case)
     if hopper.supports(q, k, v, call) and hopper_backward.supports(q, k, v, call):
         found.append("by_hand")
-        group = q.shape[2] // k.shape[2]
-        groups = hopper.groups_of(hopper.CONFIGS[case.d][0])
-        if group < 8 and agreed.fits(case.slots, 64 // group, groups):
+        if selection.can_agree(q, k, case.slots):
             found.append("both")
     return found
 

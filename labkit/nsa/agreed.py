@@ -32,7 +32,7 @@ from labkit.flash.launch import Launcher
 from labkit.flash.tuning import Config
 from labkit.kernels.runtime import backend
 from labkit.nsa.call import Call
-from labkit.nsa.lists import _either, plan_key
+from labkit.nsa.lists import either, launchers, place_of, plan_key, remember
 
 __all__ = ["SAMPLES", "agreed", "fits"]
 
@@ -74,14 +74,9 @@ def agreed_kernel(
     WANTED: tl.constexpr = GROUPS * SAMPLES * S
     UNUSED: tl.constexpr = 2 ** (31 - LOG) - 1  # beyond all blocks
     x = tl.program_id(0)  # [batch, head, tile]
-    head, tile = (x // per_sequence % heads).to(tl.int64), x % per_sequence
-    batch = (x // (per_sequence * heads)).to(tl.int64)
-    end, start, own = Nq, tl.cast(0, tl.int64), offset
-    if VARLEN:
-        each = tl.cdiv(Nq, GROUPS * QUERIES)  # Nq: of the longest sequence
-        sequence, tile = tile // each, tile % each
-        start = tl.load(cu + sequence).to(tl.int64)
-        end = (tl.load(cu + sequence + 1) - start).to(tl.int32)
+    batch, head, tile, start, end = place_of(
+        x, per_sequence, heads, Nq, cu, GROUPS * QUERIES, VARLEN
+    )
     begin = tile * (GROUPS * QUERIES)
     if VARLEN and begin >= end:  # a tile that only longer sequences have
         tl.store(counts + x, 0)
@@ -96,7 +91,7 @@ def agreed_kernel(
     inside = there[:, None] & (slot < S)[None, :]
     at = (i.to(tl.int64) * stride_cm)[:, None] + (slot * stride_cs)[None, :]
     block = tl.load(chosen + at, inside, -1).to(tl.int32)
-    block = tl.where((block >= 0) & (block <= ((i + own) // BLOCK)[:, None]), block, -1)
+    block = tl.where((block >= 0) & (block <= ((i + offset) // BLOCK)[:, None]), block, -1)
 
     # -- candidates: what the samples chose, in order --------------------------------------------
     e = tl.arange(0, WIDTH)
@@ -105,7 +100,7 @@ def agreed_kernel(
     query = tl.minimum(begin + (2 * sample + 1) * QUERIES // (2 * SAMPLES), end - 1)
     at = query.to(tl.int64) * stride_cm + (e % S) * stride_cs
     candidate = tl.load(chosen + at, (e < WANTED) & (begin < end), -1).to(tl.int32)
-    fine = (candidate >= 0) & (candidate <= (query + own) // BLOCK)
+    fine = (candidate >= 0) & (candidate <= (query + offset) // BLOCK)
     # All different, so that each has a place: the number of those before it.
     key = tl.where(fine, candidate, UNUSED) * WIDTH + e
     table += x.to(tl.int64) * (2 * WIDTH)
@@ -131,13 +126,13 @@ def agreed_kernel(
     one = 1 << tl.arange(0, BITS)
     member = tl.zeros([ROWS // BITS, WIDTH // 32, 32], tl.int32)
     for n in range(tl.cdiv(WANTED, 32)):
-        if INTERPRETED:  # which walks a reduction of one's own one element at a time
+        if INTERPRETED:  # which walks a reduction of one's offset one element at a time
             bits = tl.zeros([ROWS], tl.int32)
             for s in range(S):
                 here = tl.sum(tl.where((slot == s)[None, :], place, 0), 1)
                 bits |= tl.where(here >> 5 == n, 1 << (here & 31), 0)
         else:
-            bits = tl.reduce(tl.where(place >> 5 == n, 1 << (place & 31), 0), 1, _either)
+            bits = tl.reduce(tl.where(place >> 5 == n, 1 << (place & 31), 0), 1, either)
         bits = tl.trans(tl.reshape(bits, [ROWS // BITS, BITS]))
         bit = tl.where((bits[:, :, None] & (1 << c)[None, None, :]) != 0, one[:, None, None], 0)
         # Of each query another bit: their sum is what all of them chose.
@@ -176,8 +171,6 @@ def agreed_kernel(
 
 
 # -- launching -------------------------------------------------------------------------------------
-
-_launchers: dict[tuple, Launcher] = {}
 
 
 def _rows(queries: int, groups: int) -> int:
@@ -230,8 +223,8 @@ def agreed(
     log = max(5, (candidates - 1).bit_length())
     assert call.blocks < 2 ** (31 - log) - 1
     table = new((counts.numel(), 2 * 2**log), dtype=torch.int32)
-    key = (queries, groups, least, *plan_key(call, block_indices))
-    launch = _launchers.get(key)
+    key = ("agreed", queries, groups, least, *plan_key(call, block_indices))
+    launch = launchers.get(key)
     if launch is None:
         rows, wide = _rows(queries, groups), triton.next_power_of_2(s)
         launch = Launcher(
@@ -243,8 +236,6 @@ def agreed(
                  INTERPRETED=backend() == "interpreter"),
             Config(queries * groups, 0, min(16, max(1, rows * wide // 512)), 1),
         )  # fmt: skip
-        if len(_launchers) > 2000:  # shapes that never come back
-            _launchers.clear()
-        _launchers[key] = launch
+        remember(key, launch)
     launch(block_indices, blocks, members, counts, rest, table, call.cu)
     return (blocks, members, counts), rest

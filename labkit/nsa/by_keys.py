@@ -152,7 +152,7 @@ def part_kernel(
         p = tl.exp2((s - tl.where(m == float("-inf"), 0.0, m)[:, None]) * c)
         l = tl.sum(p, 1)
         out = tl.dot(p.to(V.dtype), V, input_precision=PRECISION)
-        # One division a row: of each element it would be a fifth of the loop's instructions.
+        # One division a row: the loop is short, and one for each element a large part of it.
         nothing = l == 0.0
         l = tl.where(nothing, 1.0, l)
         lse = tl.where(nothing, float("-inf"), m * scale + tl.log(l))

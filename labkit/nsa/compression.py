@@ -371,15 +371,14 @@ def first_token(key, offset, LENGTH: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit
 def _gather_run(
-    dk, dv, K, V, q, dout, base, delta, place, start, head, j, Nq, M, C, heads, offset,
-    c, scale, lo, hi, stride_qb, stride_qn, stride_qh, stride_qd,
-    stride_gb, stride_gn, stride_gh, stride_gd,
-    GROUP: tl.constexpr, HEADS: tl.constexpr,
+    dk, dv, K, V, lo, hi, given, strides, GROUP: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
     DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries ``lo … hi`` contribute to dK and dV of the compressed keys ``j``."""
+    q, dout, base, delta, place, start, head, j, Nq, M, C, heads, offset, c, scale = given
+    stride_qb, stride_qn, stride_qh, stride_qd, stride_gb, stride_gn, stride_gh, stride_gd = strides
     EXACT: tl.constexpr = K.dtype == tl.float32
     for first in tl.range(lo, hi, BLOCK_M // HEADS):
         Q = load_rows(
@@ -412,10 +411,7 @@ def _gather_run(
 
 @triton.jit
 def _gather_dkdv(
-    dk, dv, K, V, q, dout, base, delta, place, start, head, j, Nq, M, C, heads, offset,
-    c, scale, lo, hi, stride_qb, stride_qn, stride_qh, stride_qd,
-    stride_gb, stride_gn, stride_gh, stride_gd,
-    GROUP: tl.constexpr, HEADS: tl.constexpr,
+    dk, dv, K, V, lo, hi, given, strides, GROUP: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
     DESCRIPTOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
@@ -429,19 +425,15 @@ def _gather_dkdv(
         RUN: tl.constexpr = max(256, BLOCK_M) // HEADS
         for first in tl.range(lo, hi, RUN):
             dk_run, dv_run = _gather_run(
-                tl.zeros_like(dk), tl.zeros_like(dv), K, V, q, dout, base, delta, place, start,
-                head, j, Nq, M, C, heads, offset, c, scale, first, tl.minimum(first + RUN, hi),
-                stride_qb, stride_qn, stride_qh, stride_qd,
-                stride_gb, stride_gn, stride_gh, stride_gd, GROUP, HEADS, D, DV, BLOCK_D, BLOCK_DV,
+                tl.zeros_like(dk), tl.zeros_like(dv), K, V, first, tl.minimum(first + RUN, hi),
+                given, strides, GROUP, HEADS, D, DV, BLOCK_D, BLOCK_DV,
                 BLOCK_M, LENGTH, STRIDE, DESCRIPTOR, WIDE, PRECISION, MASKED,
             )  # fmt: skip
             dk += dk_run
             dv += dv_run
     else:
         dk, dv = _gather_run(
-            dk, dv, K, V, q, dout, base, delta, place, start, head, j, Nq, M, C, heads, offset,
-            c, scale, lo, hi, stride_qb, stride_qn, stride_qh, stride_qd,
-            stride_gb, stride_gn, stride_gh, stride_gd, GROUP, HEADS, D, DV, BLOCK_D, BLOCK_DV,
+            dk, dv, K, V, lo, hi, given, strides, GROUP, HEADS, D, DV, BLOCK_D, BLOCK_DV,
             BLOCK_M, LENGTH, STRIDE, DESCRIPTOR, WIDE, PRECISION, MASKED,
         )  # fmt: skip
     return dk, dv
@@ -494,22 +486,19 @@ def dkdv_kernel(
     dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
     # -- Q, dO, LSE and δ of this part's queries: once for this tile of keys ----------------------
+    given = (q, dout, base, delta, place, start, head, j, Nq, M, C, heads, offset, c, scale)
+    strides = (stride_qb, stride_qn, stride_qh, stride_qd,
+               stride_gb, stride_gn, stride_gh, stride_gd)  # fmt: skip
     dk_acc, dv_acc = _gather_dkdv(
-        dk_acc, dv_acc, K, V, q, dout, base, delta, place, start, head, j, Nq, M, C, heads, offset,
-        c, scale, lo, full_lo, stride_qb, stride_qn, stride_qh, stride_qd,
-        stride_gb, stride_gn, stride_gh, stride_gd, GROUP, HEADS, D, DV, BLOCK_D, BLOCK_DV,
+        dk_acc, dv_acc, K, V, lo, full_lo, given, strides, GROUP, HEADS, D, DV, BLOCK_D, BLOCK_DV,
         BLOCK_M, LENGTH, STRIDE, DESCRIPTOR, WIDE, PRECISION, True,
     )  # fmt: skip
     dk_acc, dv_acc = _gather_dkdv(
-        dk_acc, dv_acc, K, V, q, dout, base, delta, place, start, head, j, Nq, M, C, heads, offset,
-        c, scale, full_lo, full_hi, stride_qb, stride_qn, stride_qh, stride_qd,
-        stride_gb, stride_gn, stride_gh, stride_gd, GROUP, HEADS, D, DV, BLOCK_D, BLOCK_DV,
-        BLOCK_M, LENGTH, STRIDE, DESCRIPTOR, WIDE, PRECISION, False,
+        dk_acc, dv_acc, K, V, full_lo, full_hi, given, strides, GROUP, HEADS, D, DV, BLOCK_D,
+        BLOCK_DV, BLOCK_M, LENGTH, STRIDE, DESCRIPTOR, WIDE, PRECISION, False,
     )  # fmt: skip
     dk_acc, dv_acc = _gather_dkdv(
-        dk_acc, dv_acc, K, V, q, dout, base, delta, place, start, head, j, Nq, M, C, heads, offset,
-        c, scale, full_hi, end, stride_qb, stride_qn, stride_qh, stride_qd,
-        stride_gb, stride_gn, stride_gh, stride_gd, GROUP, HEADS, D, DV, BLOCK_D, BLOCK_DV,
+        dk_acc, dv_acc, K, V, full_hi, end, given, strides, GROUP, HEADS, D, DV, BLOCK_D, BLOCK_DV,
         BLOCK_M, LENGTH, STRIDE, DESCRIPTOR, WIDE, PRECISION, True,
     )  # fmt: skip
 

@@ -81,13 +81,14 @@ def plan_key(call: Call, *tensors: torch.Tensor) -> tuple:
 
 # -- unions of neighbours ------------------------------------------------------------------------
 
-_launchers: dict[tuple, Launcher] = {}
+launchers: dict[tuple, Launcher] = {}
 
 
-def _remember(key: tuple, launch: Launcher) -> None:
-    if len(_launchers) > 2000:  # shapes that never come back
-        _launchers.clear()
-    _launchers[key] = launch
+def remember(key: tuple, launch: Launcher) -> None:
+    """Keep what a launch needs; ``key`` is all that it depends on."""
+    if len(launchers) > 2000:  # shapes that never come back
+        launchers.clear()
+    launchers[key] = launch
 
 
 @triton.jit
@@ -217,7 +218,7 @@ def unions(
     if total == 0 or s == 0:
         return blocks.fill_(-1), members.zero_(), counts.zero_()
     key = (tile, *plan_key(call, block_indices))
-    launch = _launchers.get(key)
+    launch = launchers.get(key)
     if launch is None:
         log = max(1, (tile * s - 1).bit_length())
         interpreted = backend() == "interpreter"
@@ -230,14 +231,31 @@ def unions(
                  VARLEN=call.cu is not None, INTERPRETED=interpreted),
             Config(tile, 0, min(8, max(1, 2**log // 256)), 1),
         )  # fmt: skip
-        _remember(key, launch)
+        remember(key, launch)
     launch(block_indices, blocks, members, counts, call.cu)
     return blocks, members, counts
 
 
 @triton.jit
-def _either(a, b):
+def either(a, b):
     return a | b
+
+
+@triton.jit
+def place_of(x, per_sequence, heads, Nq, cu, QUERIES: tl.constexpr, VARLEN: tl.constexpr):
+    """Where tile ``x`` of ``QUERIES`` queries lies.
+
+    Batch, head, its number within its sequence, and that one's first token and number of tokens.
+    """
+    head, tile = (x // per_sequence % heads).to(tl.int64), x % per_sequence
+    batch = (x // (per_sequence * heads)).to(tl.int64)
+    end, start = Nq, tl.cast(0, tl.int64)
+    if VARLEN:
+        each = tl.cdiv(Nq, QUERIES)  # Nq: of the longest sequence
+        sequence, tile = tile // each, tile % each
+        start = tl.load(cu + sequence).to(tl.int64)
+        end = (tl.load(cu + sequence + 1) - start).to(tl.int32)
+    return batch, head, tile, start, end
 
 
 @triton.jit
@@ -255,28 +273,23 @@ def unions_by_group_kernel(
     BITS: tl.constexpr = min(QUERIES, 32)
     WORDS: tl.constexpr = QUERIES // BITS  # of a group
     x = tl.program_id(0)
-    head, tile = (x // per_sequence % heads).to(tl.int64), x % per_sequence
-    batch = (x // (per_sequence * heads)).to(tl.int64)
-    end, start, own = Nq, tl.cast(0, tl.int64), offset
-    if VARLEN:
-        each = tl.cdiv(Nq, GROUPS * QUERIES)  # Nq: of the longest sequence
-        sequence, tile = tile // each, tile % each
-        start = tl.load(cu + sequence).to(tl.int64)
-        end = (tl.load(cu + sequence + 1) - start).to(tl.int32)
+    batch, head, tile, start, end = place_of(
+        x, per_sequence, heads, Nq, cu, GROUPS * QUERIES, VARLEN
+    )
     row = tl.arange(0, ROWS)
     i = tile * (GROUPS * QUERIES) + row
     there = (row < GROUPS * QUERIES) & (i < end)
     at = batch * stride_cb + (start + i) * stride_cm + head * stride_ch
-    last = (i + own) // BLOCK
+    last = (i + offset) // BLOCK
     group, word = tl.arange(0, ROWS // QUERIES), tl.arange(0, ROWS // BITS)
     c = tl.arange(0, 32)
     count = 0
     to = x.to(tl.int64) * cap
     # No query sees a block after that of the tile's last query.
-    seen = (tl.minimum((tile + 1) * (GROUPS * QUERIES), end) - 1 + own) // BLOCK + 1
+    seen = (tl.minimum((tile + 1) * (GROUPS * QUERIES), end) - 1 + offset) // BLOCK + 1
     for n in range(tl.cdiv(tl.minimum(seen, cap), 32)):
         bits = tl.zeros([ROWS], tl.int32)
-        if INTERPRETED:  # which walks a reduction of one's own one element at a time
+        if INTERPRETED:  # which walks a reduction of one's offset one element at a time
             for slot in range(slots):
                 block = tl.load(chosen + at + slot * stride_cs, there, -1).to(tl.int32)
                 here = (block >> 5 == n) & (block <= last)
@@ -289,7 +302,7 @@ def unions_by_group_kernel(
                 block = tl.load(chosen + at[:, None] + (slot * stride_cs)[None, :], inside, -1)
                 block = block.to(tl.int32)
                 here = (block >> 5 == n) & (block <= last[:, None])
-                bits |= tl.reduce(tl.where(here, 1 << (block & 31), 0), 1, _either)
+                bits |= tl.reduce(tl.where(here, 1 << (block & 31), 0), 1, either)
         bit = ((bits[:, None] >> c[None, :]) & 1) << (row % BITS)[:, None]
         # Of each query another bit: their sum is what all of them chose.
         member = tl.sum(tl.reshape(bit, [ROWS // BITS, BITS, 32]), 1)
@@ -340,7 +353,7 @@ def unions_by_group(
     if not counts.numel():
         return blocks, members, counts
     key = (queries, groups, *plan_key(call, block_indices))
-    launch = _launchers.get(key)
+    launch = launchers.get(key)
     if launch is None:
         launch = Launcher(
             unions_by_group_kernel,
@@ -352,7 +365,7 @@ def unions_by_group(
                  INTERPRETED=backend() == "interpreter"),
             Config(queries * groups, 0, 4, 1),
         )  # fmt: skip
-        _remember(key, launch)
+        remember(key, launch)
     launch(block_indices, blocks, members, counts, call.cu)
     return blocks, members, counts
 
@@ -560,7 +573,7 @@ COUNTING = None
 _LEAST, _MOST, _PER_ROW = 2**9, 2**10, 2
 #: choices that a warp sorts
 _OF_WARP = 2**9
-#: with more rows the counts would take more memory than the choices do
+#: with more rows the counts would take more than 8 bytes for each choice, which has 4
 _ROWS = 2048
 
 

@@ -410,8 +410,8 @@ def _along_what_is_agreed(q, k, v, block_indices, call: Call):
     """O and LSE over the blocks that enough neighbours chose, and the rest of the choice."""
     from labkit.nsa import agreed
 
+    assert can_agree(q, k, block_indices.shape[3])
     module, group = hopper("hopper"), q.shape[2] // k.shape[2]
-    assert group < _BY_QUERIES_FROM  # larger ones have tiles of another format
     config = module.CONFIGS[q.shape[3]][0]
     least = max(1, _ROWS_AGREE // group)
     union, rest = agreed.agreed(block_indices, 64 // group, module.groups_of(config), least, call)
@@ -463,14 +463,19 @@ def _choose(q, k, v, slots: int, call: Call) -> str:
         if module is not None and module.supports(q, k, v, call):
             if few or not small or call.blocks <= _BLOCKS_PER_SLOT * slots:
                 return "hopper"
-            if _can_agree(group, slots, call, module.CONFIGS[q.shape[3]][0]):
+            # A ragged batch has as many tiles for each sequence as for the longest: mostly empty.
+            if call.cu is None and can_agree(q, k, slots):
                 return "both"
     return "keys" if small and not few else "queries"
 
 
-def _can_agree(group: int, slots: int, call: Call, config: Config) -> bool:
-    """Whether a choice can be cut in two for tiles of such a configuration."""
+def can_agree(q: torch.Tensor, k: torch.Tensor, slots: int) -> bool:
+    """Whether a choice of ``slots`` blocks can be cut in two for the kernel by hand, if that can
+    run on such tensors at all."""
     from labkit.nsa import agreed
 
-    # A ragged batch has as many tiles for each sequence as for the longest: mostly empty ones.
-    return call.cu is None and agreed.fits(slots, 64 // group, config.block_m // 64)
+    module, group = hopper("hopper"), q.shape[2] // k.shape[2]
+    # Larger groups have tiles of another format.
+    return group < _BY_QUERIES_FROM and agreed.fits(
+        slots, 64 // group, module.groups_of(module.CONFIGS[q.shape[3]][0])
+    )
